@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tripletlib.distances import pairwise_distances
+
+
+def reference(x, y=None, squared=False):
+    """Differences of coordinates, scaled so that their squares neither overflow nor vanish."""
+    x = x.double()
+    y = x if y is None else y.double()
+    difference = x[:, None] - y[None]
+    scale = difference.abs().amax().clamp(min=1e-300)
+    scale = 2.0 ** scale.log2().floor()
+    square = (difference / scale).square().sum(dim=2)
+    return square * scale * scale if squared else square.sqrt() * scale
+
+
+@st.composite
+def clouds(draw):
+    n, d = draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    seed = draw(st.integers(0, 2**31))
+    scale = 10.0 ** draw(st.sampled_from([-15, -6, 0, 5, 15]))
+    offset = draw(st.sampled_from([0.0, 0.0, 1e3]))
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * scale + offset * scale
+    copies = draw(st.lists(st.integers(0, n - 1), max_size=4))
+    return torch.cat([x, x[copies]])
+
+
+@settings(deadline=None, max_examples=60)
+@given(clouds(), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+def test_equals_differences_of_coordinates(x, squared, dtype):
+    x = x.to(dtype)
+    got = pairwise_distances(x, squared=squared)
+    assert got.dtype == dtype
+    assert (got.diagonal() == 0).all()
+    assert (got >= 0).all()
+    torch.testing.assert_close(got, reference(x, None, squared).to(dtype), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_sets(squared, dtype):
+    x, y = torch.randn(7, 3, dtype=dtype), torch.randn(1000, 3, dtype=dtype)
+    got = pairwise_distances(x, y, squared=squared)
+    torch.testing.assert_close(got, reference(x, y, squared).to(dtype), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_on_a_grid_are_exact_so_that_ties_hold(dtype):
+    x = torch.cartesian_prod(*[torch.arange(-2, 3)] * 3).to(dtype) * 2.0**-20
+    assert torch.equal(pairwise_distances(x, squared=True), reference(x, squared=True).to(dtype))
+
+
+def test_rows_in_many_blocks_equal_one():
+    x = torch.randn(700, 4)
+    assert torch.equal(pairwise_distances(x)[650:], pairwise_distances(x[650:], x))
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_close_points_far_from_the_origin_and_from_each_other(squared):
+    x = torch.tensor([[1e4, 0.0], [1e4 + 1e-3, 0.0], [-1e4, 1e-4], [-1e4, 2e-4]])
+    expected = reference(x, None, squared).float()
+    torch.testing.assert_close(pairwise_distances(x, squared=squared), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_gradient_equals_autograd_of_the_differences(squared, own, duplicates):
+    torch.manual_seed(0)
+    x = torch.randn(9, 4)
+    if duplicates:
+        x[3] = x[5]
+    y = None if own else torch.randn(6, 4)
+    weights = torch.randn(9, 9 if own else 6, dtype=torch.float64)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        a = x.to(dtype).requires_grad_()
+        b = None if own else y.to(dtype).requires_grad_()
+        if dtype == torch.float32:
+            distances = pairwise_distances(a, b, squared=squared)
+        else:
+            difference = a[:, None] - (a if own else b)[None]
+            square = difference.square().sum(dim=2)
+            distances = square if squared else torch.where(square > 0, square, 1.0).sqrt()
+        total = (distances * weights * (distances != (0 if squared else 1))).sum()
+        grads.append(torch.autograd.grad(total, [a] if own else [a, b]))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_gradcheck(squared):
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    off = ~torch.eye(6, dtype=torch.bool)
+    assert torch.autograd.gradcheck(lambda a: pairwise_distances(a, squared=squared)[off], x)
+    assert torch.autograd.gradcheck(lambda a, b: pairwise_distances(a, b, squared=squared), (x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1.0, 1e18, 3e38])
+def test_value_and_gradient_are_finite(dtype, squared, scale):
+    x = (torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, 0.5], [0.5, 1e-7]]) * scale).to(dtype)
+    x.requires_grad_()
+    distances = pairwise_distances(x, squared=squared)
+    assert torch.isfinite(distances).all()
+    (grad,) = torch.autograd.grad(distances, x, torch.ones_like(distances))
+    assert torch.isfinite(grad).all()
+
+
+def test_too_large_becomes_the_largest():
+    x = torch.tensor([[3e38], [-3e38]])
+    assert pairwise_distances(x)[0, 1] == torch.finfo(torch.float32).max
+    assert pairwise_distances(x / 1e10, squared=True)[0, 1] == torch.finfo(torch.float32).max
+    torch.testing.assert_close(pairwise_distances(x / 10)[0, 1], torch.tensor(6e37))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_computed_in_float32(dtype):
+    x = torch.randn(5, 3).to(dtype).requires_grad_()
+    distances = pairwise_distances(x)
+    assert torch.equal(distances, pairwise_distances(x.float()))
+    assert torch.autograd.grad(distances.sum(), x)[0].dtype == dtype
+
+
+def test_order_does_not_matter():
+    x, order = torch.randn(30, 5), torch.randperm(30)
+    got = pairwise_distances(x[order])
+    torch.testing.assert_close(got, pairwise_distances(x)[order][:, order], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_empty(dtype):
+    assert pairwise_distances(torch.zeros(0, 3, dtype=dtype)).shape == (0, 0)
+    both = torch.zeros(0, 3, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
+    assert pairwise_distances(*both).shape == (0, 2)
+    assert pairwise_distances(both[1], both[0]).shape == (2, 0)
+
+
+def test_second_derivative_is_refused_in_float32():
+    x = torch.randn(4, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiable only once"):
+        torch.autograd.grad(pairwise_distances(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        ([[1.0]], None, TypeError, "x must be a torch.Tensor, got list"),
+        (torch.ones(3), None, ValueError, "x must have shape"),
+        (torch.ones(2, 2).long(), None, TypeError, "x must be floating point"),
+        (torch.tensor([[1.0], [torch.nan]]), None, ValueError, "x must be finite.*row 1"),
+        (torch.ones(2, 2), torch.ones(2, 2) / 0, ValueError, "y must be finite"),
+        (torch.ones(2, 2), torch.ones(2, 3), ValueError, "y must match x"),
+        (torch.ones(2, 2), torch.ones(2, 2).double(), ValueError, "y must match x"),
+    ],
+)
+def test_errors(x, y, error, message):
+    with pytest.raises(error, match=message):
+        pairwise_distances(x, y)

@@ -1,0 +1,40 @@
+"""Deep metric learning with triplet networks, small enough to read.
+
+The chapters in ``notebooks/`` derive what this package holds; import it to use it.
+"""
+
+from tripletlib.data import BalancedBatchSampler, load_fashion_mnist, load_mnist
+from tripletlib.distances import pairwise_distances
+from tripletlib.evaluation import KNNClassifier, Score, knn_accuracy, recall_at_k
+from tripletlib.losses import (
+    ContrastiveLoss,
+    DistanceRatioLoss,
+    TripletLoss,
+    batch_all_triplet_loss,
+)
+from tripletlib.networks import EmbeddingNet, TripletNet
+from tripletlib.training import History, embed, fit, load_or_fit
+from tripletlib.triplets import describe_triplets, mine_triplets
+
+__all__ = [
+    "BalancedBatchSampler",
+    "ContrastiveLoss",
+    "DistanceRatioLoss",
+    "EmbeddingNet",
+    "History",
+    "KNNClassifier",
+    "Score",
+    "TripletLoss",
+    "TripletNet",
+    "batch_all_triplet_loss",
+    "describe_triplets",
+    "embed",
+    "fit",
+    "knn_accuracy",
+    "load_fashion_mnist",
+    "load_mnist",
+    "load_or_fit",
+    "mine_triplets",
+    "pairwise_distances",
+    "recall_at_k",
+]

@@ -1,0 +1,68 @@
+"""The checks that every public function makes of its arguments, each with one wording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+
+def check_points(points: Tensor, name: str = "embeddings") -> None:
+    """Refuse anything but a finite floating-point matrix, one row a sample."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(points).__name__}")
+    if points.dim() != 2:
+        raise ValueError(f"{name} must have shape (n, d), got {tuple(points.shape)}")
+    if not points.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {points.dtype}")
+    if not torch.isfinite(points).all():
+        row = int((~torch.isfinite(points)).any(dim=1).nonzero()[0])
+        raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
+
+
+def check_labels(labels: Tensor, length: int, name: str = "labels", of: str = "embeddings") -> None:
+    """Refuse anything but one integer label for each of `length` samples."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+    if labels.shape != (length,):
+        raise ValueError(
+            f"{name} must have shape ({length},), one for each row of {of}, "
+            f"got {tuple(labels.shape)}"
+        )
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    """Refuse anything but a floating-point tensor of at least one image."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {images.dtype}")
+    if images.dim() < 2 or len(images) == 0:
+        raise ValueError(f"{name} must hold at least one image, got shape {tuple(images.shape)}")
+
+
+def check_choice(value: str, choices: Iterable[str], name: str) -> None:
+    """Refuse a word that is not among the choices, and list them."""
+    choices = tuple(choices)
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_number(value: float, name: str, *, low: float = 0.0, strict: bool = False) -> None:
+    """Refuse anything but a finite real number of at least (or, if strict, above) `low`."""
+    good = isinstance(value, Real) and not isinstance(value, bool)
+    good = good and abs(value) != float("inf") and (value > low if strict else value >= low)
+    if not good:
+        relation = "above" if strict else "of at least"
+        raise ValueError(f"{name} must be a finite number {relation} {low:g}, got {value!r}")
+
+
+def check_count(value: int, name: str, *, low: int = 1) -> None:
+    """Refuse anything but a whole number of at least `low`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")

@@ -1,0 +1,106 @@
+"""Embedding networks, and the triplet network made of one of them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tripletlib._validation import check_count
+
+
+class EmbeddingNet(nn.Module):
+    """Map images to points on the unit sphere with five convolutions.
+
+    Parameters
+    ----------
+    dimensions : int, default 64
+        Length of an embedding.
+    in_channels : int, default 1
+        Channels of an image: 1 for grey, 3 for colour.
+    normalize : bool, default True
+        Scale every embedding to length one. Losses that need room to move in, such as
+        `DistanceRatioLoss`, want False.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is not a whole number of at least 1, or the images do not have shape
+        (n, in_channels, height, width) with sides of at least 8 pixels.
+
+    Notes
+    -----
+    Initial weights come from torch's global generator: call ``torch.manual_seed`` first for the
+    same network twice.
+    """
+
+    def __init__(
+        self, dimensions: int = 64, *, in_channels: int = 1, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        check_count(dimensions, "dimensions")
+        check_count(in_channels, "in_channels")
+        self.in_channels = in_channels
+        self.normalize = normalize
+        self.layers = nn.Sequential(
+            *_stage(in_channels, 32, 5),
+            *_stage(32, 64, 3),
+            nn.MaxPool2d(2),
+            *_stage(64, 64, 3),
+            *_stage(64, 128, 3),
+            nn.MaxPool2d(2),
+            *_stage(128, 128, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(128, dimensions),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images of shape (n, channels, height, width) as points of shape (n, dimensions)."""
+        if images.dim() != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < 8:
+            raise ValueError(
+                f"images must have shape (n, {self.in_channels}, height, width) with sides of at "
+                f"least 8 pixels, got {tuple(images.shape)}"
+            )
+        points = self.layers(images)
+        return F.normalize(points) if self.normalize else points
+
+
+def _stage(in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(in_channels, out_channels, kernel, padding="same", bias=False)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+
+class TripletNet(nn.Module):
+    """Apply one embedding network, with one set of weights, to anchor, positive and negative.
+
+    Parameters
+    ----------
+    embedding_net : nn.Module
+        The shared network.
+
+    References
+    ----------
+    E. Hoffer, N. Ailon, "Deep metric learning using Triplet network", arXiv 1412.6622, 2014,
+    section 2 and figure 1.
+    """
+
+    def __init__(self, embedding_net: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(embedding_net, nn.Module):
+            raise TypeError(
+                f"embedding_net must be an nn.Module, got {type(embedding_net).__name__}"
+            )
+        self.embedding_net = embedding_net
+
+    def forward(
+        self, anchor: Tensor, positive: Tensor, negative: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed three batches of images of one shape (n, ...); return their embeddings in order."""
+        if not anchor.shape == positive.shape == negative.shape:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (anchor, positive, negative))
+            raise ValueError(f"anchor, positive and negative must have one shape, got {shapes}")
+        return (
+            self.embedding_net(anchor),
+            self.embedding_net(positive),
+            self.embedding_net(negative),
+        )
