@@ -3,6 +3,7 @@
 The chapters in ``notebooks/`` derive what this package holds; import it to use it.
 """
 
+from tripletlib.augmentation import jitter
 from tripletlib.data import BalancedBatchSampler, load_fashion_mnist, load_mnist
 from tripletlib.distances import pairwise_distances
 from tripletlib.evaluation import KNNClassifier, Score, knn_accuracy, recall_at_k
@@ -30,6 +31,7 @@ __all__ = [
     "describe_triplets",
     "embed",
     "fit",
+    "jitter",
     "knn_accuracy",
     "load_fashion_mnist",
     "load_mnist",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ class EmbeddingNet(nn.Module):
     ------
     ValueError
         If a parameter is not a whole number of at least 1, or the images do not have shape
-        (n, in_channels, height, width) with sides of at least 8 pixels.
+        (n, in_channels, height, width) with sides of at least 24 pixels.
 
     Notes
     -----
@@ -42,32 +43,34 @@ class EmbeddingNet(nn.Module):
         self.in_channels = in_channels
         self.normalize = normalize
         self.layers = nn.Sequential(
-            *_stage(in_channels, 32, 5),
-            *_stage(32, 64, 3),
-            nn.MaxPool2d(2),
-            *_stage(64, 64, 3),
-            *_stage(64, 128, 3),
-            nn.MaxPool2d(2),
-            *_stage(128, 128, 3),
-            nn.AdaptiveAvgPool2d(1),
+            *_stage(in_channels, 32, 5, pool=True),
+            *_stage(32, 64, 3, padding=1),
+            *_stage(64, 96, 3, padding=1, pool=True),
+            *_stage(96, 192, 3),
+            *_stage(192, 192, 3),
+            nn.AdaptiveMaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(128, dimensions),
-        )
+            nn.Linear(192 * 2 * 2, dimensions, bias=False),
+        ).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images of shape (n, channels, height, width) as points of shape (n, dimensions)."""
-        if images.dim() != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < 8:
+        if images.dim() != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < 24:
             raise ValueError(
                 f"images must have shape (n, {self.in_channels}, height, width) with sides of at "
-                f"least 8 pixels, got {tuple(images.shape)}"
+                f"least 24 pixels, got {tuple(images.shape)}"
             )
         points = self.layers(images)
         return F.normalize(points) if self.normalize else points
 
 
-def _stage(in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:
-    convolution = nn.Conv2d(in_channels, out_channels, kernel, padding="same", bias=False)
-    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+def _stage(
+    in_channels: int, out_channels: int, kernel: int, *, padding: int = 0, pool: bool = False
+) -> list[nn.Module]:
+    convolution = nn.Conv2d(in_channels, out_channels, kernel, padding=padding, bias=False)
+    # Pooling first leaves a quarter of the numbers to normalise and rectify.
+    shrink = [nn.MaxPool2d(2)] if pool else []
+    return [convolution, *shrink, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 
 class TripletNet(nn.Module):
