@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,jupyter,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: jupytext,kernelspec,-all
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -28,8 +32,22 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 import torch
 
-from tripletlib import BalancedBatchSampler, KNNClassifier, knn_accuracy, load_mnist, pairwise_distances
-from tripletlib.plotting import DIFFERENT, PALETTE, SAME, plot_distances, show_images, show_neighbours, use_theme
+from tripletlib import (
+    BalancedBatchSampler,
+    KNNClassifier,
+    knn_accuracy,
+    load_mnist,
+    pairwise_distances,
+)
+from tripletlib.plotting import (
+    DIFFERENT,
+    PALETTE,
+    SAME,
+    plot_distances,
+    show_images,
+    show_neighbours,
+    use_theme,
+)
 
 use_theme()
 
@@ -141,7 +159,10 @@ show_neighbours(queries[wrong], query_labels[wrong], images[found], labels[found
 
 # %%
 shifts = range(6)
-accuracies = [float((classifier.predict(shifted(queries, k).flatten(1)) == query_labels).float().mean()) for k in shifts]
+accuracies = [
+    float((classifier.predict(shifted(queries, k).flatten(1)) == query_labels).float().mean())
+    for k in shifts
+]
 assert accuracies[0] > 0.95
 assert accuracies[4] < 0.5
 
@@ -159,7 +180,9 @@ ax.set(ylabel="kNN accuracy, 1 000 queries", ylim=(0, 1.02));
 # right, with a gap between. In pixel space the two heaps lie almost on top of each other.
 
 # %%
-plot_distances(pixels[:2000], labels[:2000]).set(title="Pixel distance hardly tells same from different");
+plot_distances(pixels[:2000], labels[:2000]).set(
+    title="Pixel distance hardly tells same from different"
+);
 
 # %% [markdown]
 # One number for it: draw a pair of the same digit and a pair of different digits; how often is the first one the closer?
@@ -170,8 +193,12 @@ distances = pairwise_distances(pixels[:2000])
 same = labels[:2000, None] == labels[:2000]
 upper = torch.ones_like(same).triu(diagonal=1)
 draw = torch.Generator().manual_seed(0)
-close = distances[same & upper][torch.randint(int((same & upper).sum()), (100_000,), generator=draw)]
-far = distances[~same & upper][torch.randint(int((~same & upper).sum()), (100_000,), generator=draw)]
+close = distances[same & upper][
+    torch.randint(int((same & upper).sum()), (100_000,), generator=draw)
+]
+far = distances[~same & upper][
+    torch.randint(int((~same & upper).sum()), (100_000,), generator=draw)
+]
 order = float((close < far).float().mean())
 assert 0.7 < order < 0.85
 
@@ -196,7 +223,9 @@ print(f"background {float(images.min()):.3f}, darkest ink {float(images.max()):.
 # have a say in how it is seen. So the test pixels come out near 0 and 1, and not exactly there.
 
 # %%
-print(f"test mean {float(test_images.mean()):.2f}, standard deviation {float(test_images.std()):.2f}")
+print(
+    f"test mean {float(test_images.mean()):.2f}, standard deviation {float(test_images.std()):.2f}"
+)
 assert abs(float(test_images.mean())) > 1e-3
 
 # %% [markdown]
@@ -210,7 +239,9 @@ shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0
 validation, training = shuffled[:2000], shuffled[5000:]
 choices = {}
 for k in (1, 3, 10, 30, 100):
-    choices[k] = knn_accuracy(pixels[validation], labels[validation], pixels[training], labels[training], k=k)
+    choices[k] = knn_accuracy(
+        pixels[validation], labels[validation], pixels[training], labels[training], k=k
+    )
 assert max(choices, key=choices.get) < 30
 
 # %% tags=["nbval-ignore-output"]
@@ -218,8 +249,12 @@ ks = list(choices)
 ax = plt.gca()
 below = [float(choices[k]) - choices[k].low for k in ks]
 above = [choices[k].high - float(choices[k]) for k in ks]
-ax.errorbar(ks, [float(choices[k]) for k in ks], [below, above], marker="o", capsize=4, color=PALETTE[0])
-ax.set(xscale="log", xlabel="k", ylabel="kNN accuracy", title="Choosing k on 2 000 validation images")
+ax.errorbar(
+    ks, [float(choices[k]) for k in ks], [below, above], marker="o", capsize=4, color=PALETTE[0]
+)
+ax.set(
+    xscale="log", xlabel="k", ylabel="kNN accuracy", title="Choosing k on 2 000 validation images"
+)
 ax.set_xticks(ks, ks)
 ax.minorticks_off();
 
@@ -249,16 +284,22 @@ assert lonely > 200
 # as many batches as the images fill; no image comes a second time before all others of its class have come once.
 
 # %%
-sampler = BalancedBatchSampler(labels, classes_per_batch=8, images_per_class=2, generator=torch.Generator().manual_seed(0))
+sampler = BalancedBatchSampler(
+    labels, classes_per_batch=8, images_per_class=2, generator=torch.Generator().manual_seed(0)
+)
 balanced_batches = list(sampler)
 print(len(sampler), "batches an epoch")
 assert sum(without_positive(labels[batch]) for batch in balanced_batches) == 0
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
-for ax, batches, title in zip(axes, (random_batches, balanced_batches), ("random", "balanced"), strict=True):
+for ax, batches, title in zip(
+    axes, (random_batches, balanced_batches), ("random", "balanced"), strict=True
+):
     counts = torch.stack([labels[batch].bincount(minlength=10) for batch in batches[:40]])
-    sns.heatmap(counts.T, ax=ax, cmap="cividis", vmin=0, vmax=5, cbar=title == "balanced", xticklabels=False)
+    sns.heatmap(
+        counts.T, ax=ax, cmap="cividis", vmin=0, vmax=5, cbar=title == "balanced", xticklabels=False
+    )
     ax.set(title=f"{title} batches of 16", xlabel="40 batches", ylabel="digit")
 
 # %% [markdown]
@@ -273,7 +314,10 @@ for ax, batches, title in zip(axes, (random_batches, balanced_batches), ("random
 # query finds itself, at distance zero.
 
 # %%
-everything, all_labels = torch.cat([pixels, test_images.flatten(1)]), torch.cat([labels, test_labels])
+everything, all_labels = (
+    torch.cat([pixels, test_images.flatten(1)]),
+    torch.cat([labels, test_labels]),
+)
 leaked = knn_accuracy(queries.flatten(1), query_labels, everything, all_labels, k=1)
 print(leaked)
 assert leaked == 1.0
@@ -285,7 +329,12 @@ assert leaked == 1.0
 # %%
 train_bytes = {image.numpy().tobytes() for image in images}
 duplicates = sum(image.numpy().tobytes() in train_bytes for image in test_images)
-print(len(images) - len(train_bytes), "copies within the training set,", duplicates, "test images in it")
+print(
+    len(images) - len(train_bytes),
+    "copies within the training set,",
+    duplicates,
+    "test images in it",
+)
 assert duplicates == 0
 
 # %% [markdown]
@@ -320,7 +369,9 @@ assert {first, second} == {4, 9} or {first, second} == {7, 9}
 
 # %% jupyter={"source_hidden": true}
 shares = labels.bincount() / len(labels)
-expected = {n: float(sum(n * share * (1 - share) ** (n - 1) for share in shares)) for n in (16, 32, 48, 64)}
+expected = {
+    n: float(sum(n * share * (1 - share) ** (n - 1) for share in shares)) for n in (16, 32, 48, 64)
+}
 print([n for n, images_alone in expected.items() if images_alone < 1])
 counted = [without_positive(labels[batch]) for batch in shuffled[:48_000].view(-1, 48)]
 assert abs(sum(counted) / len(counted) - expected[48]) < 0.1

@@ -164,3 +164,18 @@ def test_second_derivative_is_refused_in_float32():
 def test_errors(x, y, error, message):
     with pytest.raises(error, match=message):
         pairwise_distances(x, y)
+
+
+@pytest.mark.parametrize("copies", [1, 3, 40])
+def test_points_that_coincide_do_not_disturb_the_others(copies):
+    x = torch.randn(50, 8)
+    x[10 : 10 + copies] = x[3]
+    reference = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    for squared in (True, False):
+        expected = reference.square() if squared else reference
+        got = pairwise_distances(x, squared=squared)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(pairwise_distances(x, squared=squared).sum(), x)
+        assert torch.isfinite(gradient).all()
+        x = x.detach()

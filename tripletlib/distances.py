@@ -13,7 +13,11 @@ from tripletlib._validation import check_points
 # distance to float32's precision (2^-53 / 1e-9 is about 2^-23), and differences are taken instead.
 _CLOSE = 1e-9
 
+# So many close pairs a row are looked at for coincidence; more is a collapse.
+_CLOSE_PAIRS = 4
+
 _BLOCK = 2**17
+_LEAST_ROWS = 64  # fewer would waste a matrix product
 
 
 def pairwise_distances(x: Tensor, y: Tensor | None = None, *, squared: bool = False) -> Tensor:
@@ -99,12 +103,15 @@ def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def blocks(n: int, m: int) -> Iterator[slice]:
     """Rows of an (n, m) matrix in stretches small enough to stay in a core's cache."""
-    step = max(1, _BLOCK // max(m, 1))
+    step = max(_LEAST_ROWS, _BLOCK // max(m, 1))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _by_product(x: Tensor, y: Tensor | None, squared: bool) -> Tensor | None:
-    """Float32 distances from one float64 matrix product, or None where points are too close."""
+    """Float32 distances from one float64 matrix product, or None where points are too close.
+
+    Points that coincide are no harm: their distance is known.
+    """
     a, b = _centred(x, x if y is None else y)
     a_norms = a.square().sum(dim=1)
     b_norms = b.square().sum(dim=1)
@@ -115,7 +122,11 @@ def _by_product(x: Tensor, y: Tensor | None, squared: bool) -> Tensor | None:
         itself = block.diagonal(rows.start) if y is None else block[:0]
         itself.fill_(torch.inf)
         if block.amin() < close:
-            return None
+            i, j = (block < close).nonzero(as_tuple=True)
+            few = len(i) <= _CLOSE_PAIRS * len(block)
+            if not few or (a[rows][i] != b[j]).any():
+                return None
+            block[i, j] = 0.0
         itself.zero_()
         block.clamp_(max=_ceiling(x.dtype, squared))
         distances[rows] = block if squared else block.sqrt_()

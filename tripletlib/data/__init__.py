@@ -301,6 +301,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         chosen: list[Tensor] = []
         while (missing := count - sum(map(len, chosen))) > 0:
             noise = torch.rand(len(draws), dtype=draws.dtype, generator=self.generator)
-            chosen.append((draws + noise).argsort()[:missing])
+            several = min(missing, len(draws))
+            chosen.append((draws + noise).topk(several, largest=False).indices)
             draws[chosen[-1]] += 1
         return torch.cat(chosen)

@@ -1,0 +1,121 @@
+"""The rules that every chapter of the book keeps."""
+
+import itertools
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
+LARGEST = 2 * 2**20
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(home|root|Users|tmp|var|work|usr|opt)/|[A-Z]:\\\\?\w")
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+chapters = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+
+
+def notebook(script):
+    return nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+
+
+def code_cells(script):
+    return [cell for cell in notebook(script).cells if cell.cell_type == "code"]
+
+
+def text_of(output):
+    if output.output_type == "stream":
+        return output.text
+    data = output.get("data", {})
+    return "".join(str(text) for kind, text in data.items() if kind.startswith("text/"))
+
+
+def test_there_are_chapters_each_with_a_notebook_and_they_are_numbered_in_order():
+    assert len(SCRIPTS) >= 5
+    assert {script.stem for script in SCRIPTS} == {file.stem for file in NOTEBOOKS.glob("*.ipynb")}
+    numbers = [int(script.stem[:2]) for script in SCRIPTS]
+    assert numbers == list(range(1, len(SCRIPTS) + 1))
+
+
+@chapters
+def test_script_and_notebook_hold_the_same_cells(script):
+    def essence(book):
+        return [
+            (cell.cell_type, cell.source, cell.metadata.get("tags"), cell.metadata.get("jupyter"))
+            for cell in book.cells
+        ]
+
+    assert essence(notebook(script)) == essence(jupytext.read(script))
+
+
+@chapters
+def test_notebook_was_run_once_in_order_without_error(script):
+    cells = [cell for cell in code_cells(script) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [(cell, output) for cell in cells for output in cell.outputs]
+    assert outputs
+    for cell, output in outputs:
+        expected = "raises-exception" in cell.metadata.get("tags", [])
+        assert output.output_type != "error" or expected, cell.source
+        assert output.get("name") != "stderr", output.text
+
+
+@chapters
+def test_notebook_is_small_and_tells_nothing_of_the_machine_it_was_made_on(script):
+    assert script.with_suffix(".ipynb").stat().st_size <= LARGEST
+    for cell in code_cells(script):
+        for output in cell.outputs:
+            assert not ABSOLUTE_PATH.search(text_of(output)), text_of(output)
+
+
+@chapters
+def test_figures_are_many_and_no_output_is_the_bare_text_of_an_object(script):
+    cells = code_cells(script)
+    figures = sum("image/png" in out.get("data", {}) for cell in cells for out in cell.outputs)
+    assert figures >= max(3, len(cells) / 10)
+    for cell in cells:
+        for output in cell.outputs:
+            assert not re.search(r"<[\w.]+( object)? at 0x|^<Axes|^\[<", text_of(output))
+
+
+@chapters
+def test_chapter_has_its_parts(script):
+    text = "\n".join(c.source for c in notebook(script).cells if c.cell_type == "markdown")
+    assert re.match(rf"# {int(script.stem[:2])} · ", text)
+    for part in ("You will learn", "You need", "Running time", "## When it goes wrong"):
+        assert part in text
+    for part in ("## Exercises", "## Summary", "References"):
+        assert part in text
+    solutions = [c for c in code_cells(script) if c.metadata.get("jupyter") == HIDDEN]
+    assert len(solutions) >= 3
+    assert sum("assert" in cell.source for cell in code_cells(script)) >= 5
+
+
+HIDDEN = {"source_hidden": True}
+
+
+@pytest.mark.parametrize("page", [*SCRIPTS, ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_to_files_resolve(page):
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    for link in links:
+        if not re.match(r"https?:|mailto:", link):
+            assert (page.parent / link).exists(), link
+
+
+def test_chapters_link_to_their_neighbours():
+    for before, after in itertools.pairwise(SCRIPTS):
+        assert f"({after.stem}.ipynb)" in before.read_text(encoding="utf-8")
+        assert f"({before.stem}.ipynb)" in after.read_text(encoding="utf-8")
+
+
+def test_readme_lists_every_chapter_and_every_public_name_is_documented():
+    import tripletlib
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for script in SCRIPTS:
+        assert f"(notebooks/{script.stem}.ipynb)" in readme
+    for name in tripletlib.__all__:
+        assert getattr(tripletlib, name).__doc__, name
