@@ -24,7 +24,7 @@
 # - **You will learn** what a distance between images is, why raw pixels make a poor one, how to standardise images without
 #   peeking at the test set, and how to draw batches in which every image has company.
 # - **You need** Python and a little PyTorch; no network and no GPU.
-# - **Running time** about 20 seconds on two cores.
+# - **Running time** about 45 seconds on two cores.
 # - Next: [2 · Triplets](02_triplets.ipynb)
 
 # %%

@@ -88,7 +88,7 @@ assert mean_losses[-1] < 0.2 * mean_losses[0]
 # %% tags=["nbval-ignore-output"]
 ax = sns.lineplot(x=range(10), y=[count / 1e6 for count in active_counts], marker="o")
 ax.set(title="Ten steps on one batch repair its triplets", xlabel="step", ylim=(0, None))
-ax.set_ylabel("active triplets (millions)")
+ax.set_ylabel("active triplets (millions)");
 # %% [markdown]
 # ## What the library adds to the loop
 #
@@ -100,7 +100,7 @@ ax.set_ylabel("active triplets (millions)")
 # %%
 torch.manual_seed(0)
 five = images[:1]
-show_images(torch.cat([five, jitter(five.expand(9, -1, -1, -1))]), ["original"] + ["jittered"] * 9)
+show_images(torch.cat([five, jitter(five.expand(9, -1, -1, -1))]), ["original"] + ["jittered"] * 9);
 # %% [markdown]
 # Jitter does not mean more looking: in every epoch the network still sees each of the 60 000 images once.
 #
@@ -124,7 +124,7 @@ assert len(history) == 2 * -(-60_000 // 512)
 # steps? The middle panel says no.
 
 # %%
-plot_history(history)
+plot_history(history);
 # %% [markdown]
 # The loss is a mean over the *active* triplets, those that still violate the margin. Repaired triplets drop out of the
 # mean; the stubborn ones stay. The number that tells progress is the **fraction** that is active, and it falls by a factor
@@ -136,15 +136,13 @@ assert first > 50 * last
 assert history["loss"][-20:].mean() > 0.3 * history["loss"][0]
 
 # %% [markdown]
-# The right panel shows what happened in space: images of one digit moved together, those of different digits apart. On
-# the unit sphere a squared distance of 2 means a right angle, so different digits end almost perpendicular.
+# The right panel shows what happened in space: images of one digit moved together, those of different digits stay apart, many
+# times the margin of 0.2. The loss is content when the margin is met and does not push further.
 
 # %%
-apart, together = (
-    history["negative_distance"][-20:].mean(),
-    history["positive_distance"][-20:].mean(),
-)
-assert 1.5 < apart < 2.3
+apart = history["negative_distance"][-20:].mean()
+together = history["positive_distance"][-20:].mean()
+assert apart > 1.0
 assert apart > 8 * together
 
 # %% [markdown]
@@ -199,7 +197,7 @@ ax.set(
     ylabel="kNN error on held-back images",
     yticks=[0.1, 0.03, 0.01],
     yticklabels=["10 %", "3 %", "1 %"],
-)
+);
 # %% [markdown]
 # ## One image at a time
 #
@@ -298,7 +296,7 @@ for column, ax in zip(("loss", "active", "spread"), axes, strict=True):
     ax.set(title=column, xlabel="step", ylim=(0, None))
 axes[0].axhline(0.2, color="grey", linestyle=":")
 axes[0].annotate("margin", (30, 0.23), color="grey")
-axes[1].legend(loc="center")
+axes[1].legend(loc="center");
 # %% [markdown]
 # Three symptoms, all at once. The loss sticks **at the margin**, 0.2. The active fraction is **one**. The spread, how far the
 # embeddings lie from their centre, goes to **zero**: the network sends every digit to nearly the same point.
@@ -339,7 +337,7 @@ spread = [[s - s.low for s in mended.values()], [s.high - s for s in mended.valu
 figure, ax = plt.subplots(figsize=(7, 2.6))
 ax.barh(names, values, xerr=spread[::-1], color=[DIFFERENT, PALETTE[7], SAME], capsize=4)
 ax.xaxis.set_major_formatter("{x:.0%}")
-ax.set(title="Which triplets are looked at decides", xlabel="kNN error on 5 000 held-back images")
+ax.set(title="Which triplets are looked at decides", xlabel="kNN error on 5 000 held-back images");
 # %% [markdown]
 # Even the collapsed network is far better than guessing: tiny differences are left, and kNN does not mind scale. That is how
 # a collapse hides behind an accuracy that looks tolerable. `describe_triplets` tells.

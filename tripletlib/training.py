@@ -186,8 +186,9 @@ def fit(
                 row |= _triplet_columns(embeddings, batch_labels, loss)
                 row |= {"epoch": epoch, "seconds": time.perf_counter() - start}
                 run.history.rows.append(row)
+                shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", active=f"{row['active']:.1%}")
                 if callback is not None:
                     callback(run.history)
             run.epoch = epoch + 1
