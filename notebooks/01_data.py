@@ -70,7 +70,8 @@ print(test_images.shape, test_labels.shape)
 
 # %%
 rows = torch.cat([torch.nonzero(labels == digit)[:8, 0] for digit in range(10)])
-show_images(images[rows].unflatten(0, (10, 8)).transpose(0, 1).flatten(0, 1), columns=10);
+show_images(images[rows].unflatten(0, (10, 8)).transpose(0, 1).flatten(0, 1), columns=10)
+plt.show()
 
 # %% [markdown]
 # ## Similar, as pixels see it
@@ -151,7 +152,8 @@ assert 0.96 < pixel_accuracy < 0.975
 classifier = KNNClassifier(pixels, labels, k=10)
 wrong = torch.nonzero(classifier.predict(queries.flatten(1)) != query_labels)[:5, 0]
 found = to_all[wrong].topk(8, largest=False).indices
-show_neighbours(queries[wrong], query_labels[wrong], images[found], labels[found]);
+show_neighbours(queries[wrong], query_labels[wrong], images[found], labels[found])
+plt.show()
 
 # %% [markdown]
 # Orange frames are misses, blue ones hits. Now push the queries to the right and ask again. A person would not notice;
@@ -171,7 +173,8 @@ ax = sns.lineplot(x=list(shifts), y=accuracies, marker="o", markersize=9, color=
 ax.axhline(0.1, color="grey", linestyle=":")
 ax.annotate("guessing", (0, 0.1), xytext=(0, 0.12), color="grey")
 ax.set(title="Two pixels to the right undo pixel distance", xlabel="shift of the query (pixels)")
-ax.set(ylabel="kNN accuracy, 1 000 queries", ylim=(0, 1.02));
+ax.set(ylabel="kNN accuracy, 1 000 queries", ylim=(0, 1.02))
+plt.show()
 
 # %% [markdown]
 # ## What a good distance would look like
@@ -182,7 +185,8 @@ ax.set(ylabel="kNN accuracy, 1 000 queries", ylim=(0, 1.02));
 # %%
 plot_distances(pixels[:2000], labels[:2000]).set(
     title="Pixel distance hardly tells same from different"
-);
+)
+plt.show()
 
 # %% [markdown]
 # One number for it: draw a pair of the same digit and a pair of different digits; how often is the first one the closer?
@@ -256,7 +260,8 @@ ax.set(
     xscale="log", xlabel="k", ylabel="kNN accuracy", title="Choosing k on 2 000 validation images"
 )
 ax.set_xticks(ks, ks)
-ax.minorticks_off();
+ax.minorticks_off()
+plt.show()
 
 # %% [markdown]
 # Small k wins, but look at the intervals: up to ten, the differences are within chance. We keep ten throughout, as an average

@@ -88,7 +88,8 @@ assert mean_losses[-1] < 0.2 * mean_losses[0]
 # %% tags=["nbval-ignore-output"]
 ax = sns.lineplot(x=range(10), y=[count / 1e6 for count in active_counts], marker="o")
 ax.set(title="Ten steps on one batch repair its triplets", xlabel="step", ylim=(0, None))
-ax.set_ylabel("active triplets (millions)");
+ax.set_ylabel("active triplets (millions)")
+plt.show()
 # %% [markdown]
 # ## What the library adds to the loop
 #
@@ -100,7 +101,8 @@ ax.set_ylabel("active triplets (millions)");
 # %%
 torch.manual_seed(0)
 five = images[:1]
-show_images(torch.cat([five, jitter(five.expand(9, -1, -1, -1))]), ["original"] + ["jittered"] * 9);
+show_images(torch.cat([five, jitter(five.expand(9, -1, -1, -1))]), ["original"] + ["jittered"] * 9)
+plt.show()
 # %% [markdown]
 # Jitter does not mean more looking: in every epoch the network still sees each of the 60 000 images once.
 #
@@ -124,7 +126,8 @@ assert len(history) == 2 * -(-60_000 // 512)
 # steps? The middle panel says no.
 
 # %%
-plot_history(history);
+plot_history(history)
+plt.show()
 # %% [markdown]
 # The loss is a mean over the *active* triplets, those that still violate the margin. Repaired triplets drop out of the
 # mean; the stubborn ones stay. The number that tells progress is the **fraction** that is active, and it falls by a factor
@@ -193,11 +196,11 @@ assert max(curve.values()) > 0.985
 steps, errors = list(curve), [1 - accuracy for accuracy in curve.values()]
 ax = sns.lineplot(x=steps, y=errors, marker="o", color=PALETTE[7])
 ax.set(yscale="log", title="The first dozens of steps do most of the work", xlabel="step")
-ax.set(
-    ylabel="kNN error on held-back images",
-    yticks=[0.1, 0.03, 0.01],
-    yticklabels=["10 %", "3 %", "1 %"],
-);
+ax.set_yticks([0.1, 0.03, 0.01], ["10 %", "3 %", "1 %"])
+ax.set_ylabel("kNN error on held-back images")
+ax.minorticks_off()
+plt.show()
+
 # %% [markdown]
 # ## One image at a time
 #
@@ -296,10 +299,12 @@ for column, ax in zip(("loss", "active", "spread"), axes, strict=True):
     ax.set(title=column, xlabel="step", ylim=(0, None))
 axes[0].axhline(0.2, color="grey", linestyle=":")
 axes[0].annotate("margin", (30, 0.23), color="grey")
-axes[1].legend(loc="center");
+axes[1].legend(loc="center")
+plt.show()
 # %% [markdown]
-# Three symptoms, all at once. The loss sticks **at the margin**, 0.2. The active fraction is **one**. The spread, how far the
-# embeddings lie from their centre, goes to **zero**: the network sends every digit to nearly the same point.
+# The left panel is a trap: both losses hover about 0.2, and only one network learns. What tells them apart are the other two.
+# In a collapse the active fraction is **one**, and the spread, how far the embeddings lie from their centre, goes to **zero**: every
+# digit is sent to nearly the same point. The loss then sits exactly **at the margin**.
 
 # %%
 assert abs(hard_history["loss"][-10:].mean() - 0.2) < 0.01
@@ -337,7 +342,8 @@ spread = [[s - s.low for s in mended.values()], [s.high - s for s in mended.valu
 figure, ax = plt.subplots(figsize=(7, 2.6))
 ax.barh(names, values, xerr=spread[::-1], color=[DIFFERENT, PALETTE[7], SAME], capsize=4)
 ax.xaxis.set_major_formatter("{x:.0%}")
-ax.set(title="Which triplets are looked at decides", xlabel="kNN error on 5 000 held-back images");
+ax.set(title="Which triplets are looked at decides", xlabel="kNN error on 5 000 held-back images")
+plt.show()
 # %% [markdown]
 # Even the collapsed network is far better than guessing: tiny differences are left, and kNN does not mind scale. That is how
 # a collapse hides behind an accuracy that looks tolerable. `describe_triplets` tells.
@@ -410,7 +416,7 @@ assert counts.is_monotonic_increasing
 #
 # - A step: embed, loss, backward, move. `fit` adds the schedule, the optimisers, jitter, the bar, the history and the checkpoint.
 # - Read the loss beside the active fraction: the mean over the unsolved hardly falls.
-# - Loss at the margin, everything active, no spread: collapse. Look at more triplets, not at harder ones.
+# - Everything active, no spread, the loss at the margin: collapse. Look at more triplets, not at harder ones.
 # - Two epochs on a CPU give more than 99.4 % on the test set, one image at a time as in batches.
 #
 # **Next:** [5 · Visualization](05_visualization.ipynb) looks at what the network has learnt.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from tripletlib import augmentation, jitter
+from tripletlib import jitter
 
 
 def drawn(monkeypatch, *fractions):
@@ -27,7 +27,6 @@ def test_amounts_of_zero_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("place", [3, 4])
 def test_a_move_is_of_so_many_pixels(monkeypatch, place):
-    monkeypatch.setattr(augmentation, "_PIXELS", 2.0)
     amounts = [0.0] * 5
     amounts[place] = 1.0
     drawn(monkeypatch, *amounts)
@@ -40,8 +39,8 @@ def test_a_move_is_of_so_many_pixels(monkeypatch, place):
 def test_a_turn_and_a_stretch_equal_those_of_scipy(monkeypatch, amounts):
     drawn(monkeypatch, *amounts, 0, 0)
     image = blob()
-    angle = math.radians(10) * amounts[0]
-    across, down = 1 + 0.1 * amounts[1], 1 + 0.1 * amounts[2]
+    angle = math.radians(15) * amounts[0]
+    across, down = 1 + 0.15 * amounts[1], 1 + 0.15 * amounts[2]
     matrix = [
         [down * math.cos(angle), across * math.sin(angle)],
         [-down * math.sin(angle), across * math.cos(angle)],

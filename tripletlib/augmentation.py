@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tripletlib._validation import check_images
 
-_DEGREES, _PIXELS, _STRETCH = 10.0, 1.5, 0.1
+_DEGREES, _PIXELS, _STRETCH = 15.0, 2.0, 0.15
 
 
 def jitter(images: Tensor) -> Tensor:
     """Turn, move and stretch each image a little, by its own random amounts.
 
-    By up to 10 degrees either way, 1.5 pixels and 10 % along each axis, drawn uniformly from
+    By up to 15 degrees either way, 2 pixels and 15 % along each axis, drawn uniformly from
     torch's global generator. (``torchvision.transforms.v2.RandomAffine`` would draw once for the
     whole batch.)
 

@@ -12,8 +12,6 @@ bytes a triplet, exceeds 60 % of what is available.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,11 +19,11 @@ import time
 from pathlib import Path
 
 import torch
+from machine import THREADS, available, machine
 
 from tripletlib import losses
 
 SIZES = (128, 256, 512, 1024, 2048, 4096, 8192)
-THREADS = 2
 RIVALS = {"pytorch-metric-learning": 45, "brute force": 18}  # bytes a triplet, as measured
 LONGEST = 2048  # beyond it no rival is tried
 
@@ -88,26 +86,6 @@ def peak(name: str, n: int) -> int:
     """`peak_here` in a fresh process."""
     command = [sys.executable, __file__, "--peak", name, str(n)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def available() -> int:
-    """Bytes of memory that programs can still get."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def machine() -> str:
-    """Describe the processor, the memory and the versions."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
-            break
-    return (
-        f"{cpu}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {THREADS} threads, "
-        f"{available() / 2**30:.0f} GiB free, Python {platform.python_version()}, "
-        f"torch {torch.__version__}"
-    )
 
 
 def compare(n: int) -> None:
