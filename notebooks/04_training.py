@@ -82,7 +82,7 @@ for _ in range(10):
 assert mean_losses[-1] < 0.2 * mean_losses[0]
 
 # %% [markdown]
-# Each step looks at all 11.8 million triplets of the batch (chapter 2 counted them) and repairs those that violate the
+# Each step looks at all 12 million triplets of the batch (chapter 2 counted them) and repairs those that violate the
 # margin. Ten steps on the *same* 512 images leave few of them.
 
 # %% tags=["nbval-ignore-output"]
