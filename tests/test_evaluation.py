@@ -4,11 +4,23 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from scipy.stats import beta
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from scipy.stats import beta, bootstrap
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 import tripletlib.evaluation
-from tripletlib import KNNClassifier, Score, knn_accuracy, recall_at_k
+from tripletlib import (
+    KNNClassifier,
+    Score,
+    knn_accuracy,
+    mean_average_precision_at_r,
+    r_precision,
+    recall_at_k,
+)
+
+AT_R = (r_precision, mean_average_precision_at_r)
 
 
 def clusters(count, dimensions=8, classes=5, seed=0):
@@ -50,9 +62,12 @@ def test_chunks_do_not_change_the_answer(monkeypatch):
     queries, labels = clusters(50, seed=1)
     whole = knn_accuracy(queries, labels, gallery, gallery_labels)
     whole_recall = recall_at_k(gallery, gallery_labels, k=3)
+    whole_at_r = [at_r(gallery, gallery_labels) for at_r in AT_R]
     monkeypatch.setattr(tripletlib.evaluation, "_CHUNK_ELEMENTS", 700)
+    monkeypatch.setattr(tripletlib.evaluation, "_BLOCK_ROWS", 2)
     assert knn_accuracy(queries, labels, gallery, gallery_labels) == whole
     assert recall_at_k(gallery, gallery_labels, k=3) == whole_recall
+    assert [at_r(gallery, gallery_labels) for at_r in AT_R] == pytest.approx(whole_at_r)
 
 
 def test_one_query_at_a_time_gives_the_same_answers():
@@ -84,6 +99,138 @@ def test_recall_of_hand_worked_cases():
     assert recall_at_k(points, labels, k=1) == 0.0  # nearest: 1, 0, 1, 2
     assert recall_at_k(points, labels, k=2) == 0.5  # the two of class 0 find each other
     assert recall_at_k(points, torch.tensor([0, 1, 2, 3]), k=3) == 0.0  # no class has a second
+
+
+def test_r_precision_and_map_of_hand_worked_cases():
+    gallery = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
+    gallery_labels = torch.tensor([0, 1, 0, 0, 1])
+    query = torch.tensor([[0.0]])
+    # Class 0, R = 3: right, wrong, right. Class 1, R = 2: wrong, right.
+    case = (query, torch.tensor([0]), gallery, gallery_labels)
+    assert r_precision(*case) == pytest.approx(2 / 3)
+    assert mean_average_precision_at_r(*case) == pytest.approx((1 / 1 + 2 / 3) / 3)
+    case = (query, torch.tensor([1]), gallery, gallery_labels)
+    assert r_precision(*case) == pytest.approx(1 / 2)
+    assert mean_average_precision_at_r(*case) == pytest.approx((1 / 2) / 2)
+
+    # Each point queries the others. Class 0: 0 finds 1 then 5, 1 finds 0 then 5, and 6 finds 5.
+    points = torch.tensor([[0.0], [1.0], [5.0], [6.2]])
+    labels = torch.tensor([0, 0, 1, 0])
+    assert r_precision(points, labels) == pytest.approx((1 / 2 + 1 / 2 + 1 / 2) / 3)
+    assert mean_average_precision_at_r(points, labels) == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
+    assert r_precision(points, labels).queries == 3  # 5 is alone in its class
+
+
+def test_no_score_is_owed_to_ties():
+    gallery = torch.tensor([[1.0], [-1.0], [4.0]])
+    query = torch.tensor([[0.0]])
+    for labels in ([0, 1, 1], [1, 0, 1]):  # in any order of the gallery
+        assert r_precision(query, torch.tensor([0]), gallery, torch.tensor(labels)) == 0.0
+    assert r_precision(query, torch.tensor([0]), gallery, torch.tensor([0, 0, 1])) == 1.0
+    collapsed = torch.full((30, 4), 0.3)
+    for at_r in AT_R:
+        assert at_r(collapsed, torch.arange(30) % 3) == 0.0
+
+
+def by_definition(queries, labels, gallery, gallery_labels, within):
+    """R-precision and average precision at R of each query that has anything to find."""
+    values = []
+    for i, (query, label) in enumerate(zip(queries.double(), labels, strict=True)):
+        distances = (gallery.double() - query).norm(dim=1)
+        others = [j for j in range(len(gallery)) if not (within and i == j)]
+        others.sort(key=lambda j: (distances[j].item(), bool(gallery_labels[j] == label)))
+        right = [bool(gallery_labels[j] == label) for j in others]
+        if r := sum(right):
+            precisions = [sum(right[: k + 1]) / (k + 1) for k in range(r) if right[k]]
+            values.append((sum(right[:r]) / r, sum(precisions) / r))
+    return np.array(values)
+
+
+@pytest.mark.parametrize("classes", [2, 7, 40])
+@pytest.mark.parametrize("grid", [True, False])
+def test_r_precision_and_map_equal_their_definition(classes, grid):
+    gallery, gallery_labels = clusters(120, dimensions=3, classes=classes)
+    queries, labels = clusters(60, dimensions=3, classes=classes + 1, seed=1)
+    if grid:  # with many ties
+        gallery, queries = gallery.round(), queries.round()
+    for case in ((queries, labels, gallery, gallery_labels), (gallery, gallery_labels)):
+        expected = by_definition(*(case * 2)[:4], within=len(case) == 2)
+        for at_r, values in zip(AT_R, expected.T, strict=True):
+            score = at_r(*case)
+            assert score == pytest.approx(values.mean(), abs=1e-12)
+            assert score.queries == len(values)
+            assert score.low <= score <= score.high
+
+
+@pytest.mark.parametrize("classes", [3, 30])
+def test_r_precision_and_map_equal_pytorch_metric_learning(classes):
+    gallery, gallery_labels = clusters(300, classes=classes)
+    queries, labels = clusters(200, classes=classes + 1, seed=1)
+    names = ("r_precision", "mean_average_precision_at_r")
+    calculator = AccuracyCalculator(
+        names,
+        k="max_bin_count",
+        device=torch.device("cpu"),
+        knn_func=CustomKNN(LpDistance(normalize_embeddings=False)),
+        kmeans_func=len,  # never called; the default would want faiss
+    )
+    for case in ((queries, labels, gallery, gallery_labels), (gallery, gallery_labels)):
+        expected = calculator.get_accuracy(*case)
+        for at_r, name in zip(AT_R, names, strict=True):
+            assert at_r(*case) == pytest.approx(expected[name], abs=1e-12)
+
+
+def test_r_precision_and_map_of_other_types_and_places():
+    points, labels = clusters(100)
+    for at_r in AT_R:
+        expected = at_r(points.double(), labels)
+        assert at_r(points.requires_grad_(), labels.to(torch.uint8)) == pytest.approx(expected)
+        assert at_r(points + 1000, labels) == pytest.approx(expected, abs=1e-3)
+        for unit in (2.0**-90, 2.0**90):
+            assert at_r(points * unit, labels) == pytest.approx(expected)
+        assert at_r(points.half(), labels) == pytest.approx(expected, abs=1e-2)
+        order = torch.randperm(100)
+        assert at_r(points[order], labels[order] - 50) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("at_r", AT_R)
+def test_r_precision_and_map_name_bad_arguments(at_r):
+    with pytest.raises(ValueError, match="given together"):
+        at_r(POINTS, LABELS, POINTS)
+    with pytest.raises(ValueError, match="at least one query, got none"):
+        at_r(POINTS[:0], LABELS[:0])
+    with pytest.raises(ValueError, match="gallery must hold at least one item, got none"):
+        at_r(POINTS, LABELS, POINTS[:0], LABELS[:0])
+    with pytest.raises(ValueError, match="columns of the gallery, got 8"):
+        at_r(POINTS, LABELS, POINTS[:, :3], LABELS)
+    with pytest.raises(ValueError, match="gallery must be finite"):
+        at_r(POINTS, LABELS, POINTS / 0, LABELS)
+    with pytest.raises(TypeError, match="labels must be integers"):
+        at_r(POINTS, LABELS.float())
+    with pytest.raises(ValueError, match="labels must share a class with what is searched"):
+        at_r(POINTS, LABELS, POINTS, LABELS + 100)
+    with pytest.raises(ValueError, match="labels must share a class with what is searched"):
+        at_r(POINTS, torch.arange(10))
+
+
+def test_the_bootstrap_is_that_of_scipy_and_the_same_each_time():
+    values = np.random.default_rng(1).beta(8, 2, size=400)
+    score = Score.of_values(values)
+    again = Score.of_values(values)
+    assert (score, score.low, score.high) == (again, again.low, again.high)
+    assert score == pytest.approx(values.mean())
+    assert score.queries == 400
+    expected = bootstrap((values,), np.mean, method="percentile").confidence_interval
+    assert score.low == pytest.approx(expected.low, abs=2e-3)
+    assert score.high == pytest.approx(expected.high, abs=2e-3)
+    alone = Score.of_values(np.array([0.5]))
+    assert (alone.low, alone, alone.high) == (0.5, 0.5, 0.5)
+
+
+def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    scores = [Score.of_values(generator.beta(8, 2, size=200)) for _ in range(200)]
+    assert 0.9 <= np.mean([score.low <= 0.8 <= score.high for score in scores]) <= 0.99
 
 
 def test_the_interval_is_clopper_pearson():

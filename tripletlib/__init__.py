@@ -6,7 +6,15 @@ The chapters in ``notebooks/`` derive what this package holds; import it to use 
 from tripletlib.augmentation import jitter
 from tripletlib.data import BalancedBatchSampler, load_fashion_mnist, load_mnist
 from tripletlib.distances import pairwise_distances
-from tripletlib.evaluation import KNNClassifier, Score, knn_accuracy, recall_at_k
+from tripletlib.estimator import TripletEmbedder
+from tripletlib.evaluation import (
+    KNNClassifier,
+    Score,
+    knn_accuracy,
+    mean_average_precision_at_r,
+    r_precision,
+    recall_at_k,
+)
 from tripletlib.losses import (
     ContrastiveLoss,
     DistanceRatioLoss,
@@ -25,6 +33,7 @@ __all__ = [
     "History",
     "KNNClassifier",
     "Score",
+    "TripletEmbedder",
     "TripletLoss",
     "TripletNet",
     "batch_all_triplet_loss",
@@ -36,7 +45,9 @@ __all__ = [
     "load_fashion_mnist",
     "load_mnist",
     "load_or_fit",
+    "mean_average_precision_at_r",
     "mine_triplets",
     "pairwise_distances",
+    "r_precision",
     "recall_at_k",
 ]

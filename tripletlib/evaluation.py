@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from tripletlib._validation import check_count, check_labels, check_points
-
 
 _RESAMPLES = 1000
 
@@ -89,14 +89,16 @@ class KNNClassifier:
     """
 
     def __init__(self, gallery: Tensor, gallery_labels: Tensor, k: int = 10) -> None:
-        self._search = _Search(gallery, gallery_labels, k)
+        _check_gallery(gallery, gallery_labels)
+        _check_k(k, len(gallery))
+        self._search = _Search(gallery)
         self._k = k
         self._classes, self._class_of = gallery_labels.unique(return_inverse=True)
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """Return the predicted labels, int64 of shape (n,), of queries of shape (n, d)."""
         winners = [self._classes.new_empty(0)]
-        for _, neighbours in self._search(embeddings, self._k):
+        for _, neighbours in self._search.nearest(embeddings, self._k):
             cast = self._class_of[neighbours]
             votes = torch.zeros(len(cast), len(self._classes), dtype=torch.int64)
             votes.scatter_add_(1, cast, torch.ones_like(cast))
@@ -172,11 +174,10 @@ def recall_at_k(
         is to search, or only one of `gallery` and `gallery_labels` is given.
     """
     gallery, gallery_labels, within = _where_to_search(embeddings, labels, gallery, gallery_labels)
+    _check_k(k, len(gallery) - within)
     found = sum(
         int((gallery_labels[neighbours] == labels[rows, None]).any(dim=1).sum())
-        for rows, neighbours in _Search(gallery, gallery_labels, k + within)(
-            embeddings, k, within=within
-        )
+        for rows, neighbours in _Search(gallery).nearest(embeddings, k, within=within)
     )
     return Score.of_successes(found, len(labels))
 
@@ -271,11 +272,10 @@ def _average_precisions_at_r(own: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Average precision at R of each row; see `_r_precisions`."""
     r = own.shape[1]
     found = (own < others[:, ::-1]).sum(axis=1)
-    precisions = np.empty(len(own))
+    places, precisions = np.arange(1.0, r + 1), np.empty(len(own))
     for row, hits in enumerate(found):
         before = others[row, : r - hits].searchsorted(own[row, :hits], side="right")
-        place = np.arange(1, hits + 1)
-        precisions[row] = (place / (place + before)).sum() / r
+        precisions[row] = (places[:hits] / (places[:hits] + before)).sum() / r
     return precisions
 
 
@@ -288,53 +288,80 @@ def _mean_at_r(
 ) -> Score:
     """Average over queries a measure that needs only their R own and R nearest other distances."""
     gallery, gallery_labels, within = _where_to_search(embeddings, labels, gallery, gallery_labels)
+    if len(gallery) == 0:
+        raise ValueError("gallery must hold at least one item, got none")
     # In the order of labels, a class is a stretch of queries and a stretch of the gallery.
-    search = _Search(gallery, gallery_labels, order=gallery_labels.argsort())
-    labels, order = labels.sort()
-    gallery_labels = gallery_labels.sort().values
-    values = []
-    for rows, distances in search.distances(embeddings[order], within=within):
-        stop = 0
-        for label, count in zip(*labels[rows].unique_consecutive(return_counts=True), strict=True):
-            start, stop = stop, stop + int(count)
-            first = int(torch.searchsorted(gallery_labels, label))
-            last = int(torch.searchsorted(gallery_labels, label, right=True))
-            r = last - first - within
-            if r > 0:
-                block = distances[start:stop].numpy()
-                # A query within the gallery is at infinity from itself, and sorted off.
-                own = np.sort(block[:, first:last], axis=1)[:, :r]
-                block[:, first:last] = np.inf
-                block.partition(r - 1, axis=1)
-                values.append(measure(own, np.sort(block[:, :r], axis=1)))
-    if not values:
+    order = labels.argsort(stable=True)
+    gallery_order = gallery_labels.argsort(stable=True)
+    labels, gallery_labels = labels[order].numpy(), gallery_labels[gallery_order].numpy()
+    search, values = _Search(gallery[gallery_order]), []
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for rows, distances in search.distances(embeddings[order], within=within):
+            blocks = _blocks_of_one_class(distances.numpy(), labels[rows], gallery_labels)
+            values += pool.map(lambda block: measure(*_own_and_others(*block, within)), blocks)
+    values = np.concatenate(values)
+    if not len(values):
         raise ValueError("labels must share a class with what is searched, got no query that does")
-    return Score.of_values(np.concatenate(values))
+    return Score.of_values(values)
 
 
-_CHUNK_ELEMENTS = 2**24  # of a distance matrix held at once: 64 MB in float32
+def _blocks_of_one_class(
+    distances: np.ndarray, labels: np.ndarray, gallery_labels: np.ndarray
+) -> Iterator[tuple[np.ndarray, slice]]:
+    """Yield the distances of a few queries of one class, and which columns are of that class."""
+    classes = np.unique(labels)
+    for label, start, stop in zip(
+        classes, labels.searchsorted(classes), labels.searchsorted(classes, "right"), strict=True
+    ):
+        columns = slice(*(gallery_labels.searchsorted(label, side) for side in ("left", "right")))
+        for first in range(start, stop, _BLOCK_ROWS):
+            yield distances[first : min(first + _BLOCK_ROWS, stop)], columns
+
+
+def _own_and_others(
+    distances: np.ndarray, columns: slice, within: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sort the distances to the R items of the queries' class, and to the R nearest others.
+
+    Where there is nothing to find, no row is left. The distances are overwritten.
+    """
+    r = columns.stop - columns.start - within
+    if r <= 0:
+        return np.empty((0, 1)), np.empty((0, 1))
+    # A query within the gallery is at infinity from itself, and sorted off.
+    own = np.sort(distances[:, columns], axis=1)[:, :r]
+    distances[:, columns] = np.inf
+    distances.partition(r - 1, axis=1)
+    return own, np.sort(distances[:, :r], axis=1)
+
+
+_BLOCK_ROWS = 32  # small enough to share out among threads
+_CHUNK_ELEMENTS = 2**25  # of a distance matrix held at once: 128 MB in float32
 
 
 class _Search:
-    """Exact nearest neighbours in a gallery, by Euclidean distance."""
+    """Euclidean distances to a gallery of at least one item."""
 
-    def __init__(self, gallery: Tensor, gallery_labels: Tensor, k: int) -> None:
-        check_points(gallery, "gallery")
-        check_labels(gallery_labels, len(gallery), "gallery_labels", of="gallery")
-        check_count(k, "k")
-        if k > len(gallery):
-            raise ValueError(f"k must be at most the {len(gallery)} items to search, got {k}")
-        # About their centre the points lie nearest to zero, where rounding hurts least.
-        self.centre = gallery.mean(dim=0)
-        self.gallery = gallery - self.centre
+    def __init__(self, gallery: Tensor) -> None:
+        gallery = gallery.detach().to(torch.promote_types(gallery.dtype, torch.float32))
+        # About their centre the points lie nearest to zero, where rounding hurts least. Rounded to
+        # a 32nd of their width or so, it keeps small whole numbers, and their ties, exact.
+        centre = gallery.mean(dim=0)
+        width = (gallery - centre).abs().max()
+        self.unit = torch.ldexp(torch.ones_like(width), width.frexp().exponent.clamp(min=-100))
+        self.centre = (32 * centre / self.unit).round() * self.unit / 32
+        self.gallery = self._placed(gallery)
         self.squared_norms = self.gallery.square().sum(dim=1)
 
-    def __call__(
-        self, queries: Tensor, k: int, *, within: bool = False
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the indices of the k nearest gallery items, nearest first, for slices of queries.
+    def _placed(self, points: Tensor) -> Tensor:
+        return (points - self.centre) / self.unit
 
-        With `within`, the queries are the gallery, and each leaves itself out.
+    def distances(self, queries: Tensor, *, within: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Yield squared distances for slices of queries, each block in the memory of the last.
+
+        They are in a unit of their own and lack the query's squared norm; along a row that does not
+        change the order. With `within`, the queries are the gallery, and each is at infinity from
+        itself.
         """
         check_points(queries)
         if queries.shape[1] != self.gallery.shape[1]:
@@ -342,16 +369,26 @@ class _Search:
                 f"embeddings must have the {self.gallery.shape[1]} columns of the gallery, "
                 f"got {queries.shape[1]}"
             )
+        queries = queries.detach().to(self.gallery.dtype)
         rows_at_once = max(1, _CHUNK_ELEMENTS // len(self.gallery))
+        memory = self.gallery.new_empty(min(rows_at_once, len(queries)), len(self.gallery))
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, min(start + rows_at_once, len(queries)))
-            # The query's own norm is the same along its row: the order does not need it.
-            distances = torch.addmm(
-                self.squared_norms, queries[rows] - self.centre, self.gallery.T, alpha=-2
-            )
+            block = memory[: rows.stop - start]
+            placed = self._placed(queries[rows])
+            torch.addmm(self.squared_norms, placed, self.gallery.T, alpha=-2, out=block)
             if within:
-                own = torch.arange(rows.start, rows.stop, device=distances.device)
-                distances[own - rows.start, own] = torch.inf
+                block.diagonal(start).fill_(torch.inf)
+            yield rows, block
+
+    def nearest(
+        self, queries: Tensor, k: int, *, within: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the indices of the k nearest gallery items, nearest first, for slices of queries.
+
+        `within` is as for `distances`.
+        """
+        for rows, distances in self.distances(queries, within=within):
             yield rows, distances.topk(k, dim=1, largest=False).indices
 
 
@@ -360,3 +397,27 @@ def _check_queries(embeddings: Tensor, labels: Tensor) -> None:
     check_labels(labels, len(embeddings))
     if len(labels) == 0:
         raise ValueError("embeddings must hold at least one query, got none")
+
+
+def _check_gallery(gallery: Tensor, gallery_labels: Tensor) -> None:
+    check_points(gallery, "gallery")
+    check_labels(gallery_labels, len(gallery), "gallery_labels", of="gallery")
+
+
+def _check_k(k: int, items: int) -> None:
+    check_count(k, "k")
+    if k > items:
+        raise ValueError(f"k must be at most the {items} items to search, got {k}")
+
+
+def _where_to_search(
+    embeddings: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None
+) -> tuple[Tensor, Tensor, bool]:
+    """Check all; return gallery, its labels, and whether the queries search among themselves."""
+    _check_queries(embeddings, labels)
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("gallery and gallery_labels must be given together, got one of them")
+    if gallery is None:
+        return embeddings, labels, True
+    _check_gallery(gallery, gallery_labels)
+    return gallery, gallery_labels, False
