@@ -1,5 +1,6 @@
 import copy
 import pickle
+import statistics
 
 import numpy as np
 import pytest
@@ -301,3 +302,10 @@ def test_recall_leaves_the_query_out_of_what_k_may_be():
         recall_at_k(POINTS, LABELS, k=10)
     with pytest.raises(ValueError, match="given together"):
         recall_at_k(POINTS, LABELS, POINTS)
+
+
+def test_scores_can_be_averaged_and_a_mean_has_no_interval():
+    scores = [Score.of_successes(9, 10), Score.of_successes(7, 10)]
+    assert statistics.mean(scores) == pytest.approx(0.8)
+    assert repr(Score(0.8)) == "80.00%"
+    assert "interval" in repr(scores[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,8 +31,10 @@ class Score(float):
     high: float
     queries: int
 
-    def __new__(cls, value: float, low: float, high: float, queries: int) -> Score:
-        """Make a score of a value and its interval."""
+    def __new__(
+        cls, value: float, low: float = math.nan, high: float = math.nan, queries: int = 0
+    ) -> Score:
+        """Make a score of a value and its interval, which a mean of scores, say, does not have."""
         score = super().__new__(cls, value)
         score.low, score.high, score.queries = low, high, queries
         return score
@@ -40,6 +43,8 @@ class Score(float):
         return float(self), self.low, self.high, self.queries
 
     def __repr__(self) -> str:
+        if math.isnan(self.low):
+            return f"{float(self):.2%}"
         return f"{float(self):.2%} (95 % interval {self.low:.2%} to {self.high:.2%})"
 
     __str__ = __repr__
@@ -350,8 +355,10 @@ class _Search:
         width = (gallery - centre).abs().max()
         self.unit = torch.ldexp(torch.ones_like(width), width.frexp().exponent.clamp(min=-100))
         self.centre = (32 * centre / self.unit).round() * self.unit / 32
-        self.gallery = self._placed(gallery)
-        self.squared_norms = self.gallery.square().sum(dim=1)
+        placed = self._placed(gallery)
+        self.squared_norms = placed.square().sum(dim=1)
+        # An item a column: so a single query is a sum of whole rows, which is quickest.
+        self.columns = (-2 * placed).T.contiguous()
 
     def _placed(self, points: Tensor) -> Tensor:
         return (points - self.centre) / self.unit
@@ -364,19 +371,18 @@ class _Search:
         itself.
         """
         check_points(queries)
-        if queries.shape[1] != self.gallery.shape[1]:
+        width, items = self.columns.shape
+        if queries.shape[1] != width:
             raise ValueError(
-                f"embeddings must have the {self.gallery.shape[1]} columns of the gallery, "
-                f"got {queries.shape[1]}"
+                f"embeddings must have the {width} columns of the gallery, got {queries.shape[1]}"
             )
-        queries = queries.detach().to(self.gallery.dtype)
-        rows_at_once = max(1, _CHUNK_ELEMENTS // len(self.gallery))
-        memory = self.gallery.new_empty(min(rows_at_once, len(queries)), len(self.gallery))
+        queries = queries.detach().to(self.columns.dtype)
+        rows_at_once = max(1, _CHUNK_ELEMENTS // items)
+        memory = self.columns.new_empty(min(rows_at_once, len(queries)), items)
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, min(start + rows_at_once, len(queries)))
             block = memory[: rows.stop - start]
-            placed = self._placed(queries[rows])
-            torch.addmm(self.squared_norms, placed, self.gallery.T, alpha=-2, out=block)
+            torch.addmm(self.squared_norms, self._placed(queries[rows]), self.columns, out=block)
             if within:
                 block.diagonal(start).fill_(torch.inf)
             yield rows, block

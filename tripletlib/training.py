@@ -364,7 +364,8 @@ def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
         with torch.no_grad():
             return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
     finally:
-        network.train(was_training)
+        if was_training:
+            network.train()
 
 
 def _check_arguments(

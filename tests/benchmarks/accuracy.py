@@ -45,8 +45,9 @@ def main() -> None:
         network = EmbeddingNet()
         history = fit(network, images, labels, seed=seed, progress=False)
         gallery = embed(network, images)
-        scores.append(knn_accuracy(embed(network, queries), query_labels, gallery, labels))
-        print(f"seed {seed}: {scores[-1]}, trained in {history['seconds'][-1]:.1f} s", flush=True)
+        accuracy = knn_accuracy(embed(network, queries), query_labels, gallery, labels)
+        scores.append(float(accuracy))
+        print(f"seed {seed}: {accuracy}, trained in {history['seconds'][-1]:.1f} s", flush=True)
     mean, deviation = statistics.mean(scores), statistics.stdev(scores)
     half = student.ppf(0.975, len(scores) - 1) * deviation / len(scores) ** 0.5
     print(f"mean {mean:.3%} ± {half:.3%} (95 %), standard deviation {deviation:.3%}")
