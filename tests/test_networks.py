@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tripletlib import EmbeddingNet, TripletNet
+from tripletlib import EmbeddingNet, HofferAilonNet, TripletNet
 
 
 def test_embeddings_lie_on_the_unit_sphere():
@@ -53,6 +53,23 @@ def test_bad_sizes_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name} must be a whole number"):
         EmbeddingNet(**options)
+
+
+def test_the_papers_network_has_its_size_and_pads_by_repeating_the_border():
+    net = HofferAilonNet().eval()
+    assert sum(weight.numel() for weight in net.parameters()) == 501_888
+    images = torch.randn(2, 1, 28, 28)
+    padded = nn.ReplicationPad2d(2)(images)
+    assert net(images).shape == (2, 128)
+    torch.testing.assert_close(net(images), net.layers(padded))
+    assert net(torch.randn(2, 1, 25, 32)).shape == (2, 128)
+    assert HofferAilonNet(in_channels=3)(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (2, 3, 28, 28), (2, 1, 23, 28), (2, 1, 28, 33)])
+def test_images_that_the_papers_network_cannot_take_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\(n, 1, height, width\) with sides of 24 to 32.*got"):
+        HofferAilonNet()(torch.zeros(shape))
 
 
 def test_triplet_net_shares_one_set_of_weights():

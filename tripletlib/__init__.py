@@ -21,7 +21,7 @@ from tripletlib.losses import (
     TripletLoss,
     batch_all_triplet_loss,
 )
-from tripletlib.networks import EmbeddingNet, TripletNet
+from tripletlib.networks import EmbeddingNet, HofferAilonNet, TripletNet
 from tripletlib.training import History, embed, fit, load_or_fit
 from tripletlib.triplets import describe_triplets, mine_triplets
 
@@ -31,6 +31,7 @@ __all__ = [
     "DistanceRatioLoss",
     "EmbeddingNet",
     "History",
+    "HofferAilonNet",
     "KNNClassifier",
     "Score",
     "TripletEmbedder",

@@ -73,6 +73,67 @@ def _stage(
     return [convolution, *shrink, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 
+class HofferAilonNet(nn.Module):
+    """Map images to 128 numbers, not normalised, with the network of the triplet network paper.
+
+    Four convolutions, each followed by ReLU; pooling by 2 and dropout of a quarter come between
+    them. It ends at 1x1. With one input channel it has 501 888 parameters.
+
+    Parameters
+    ----------
+    in_channels : int, default 1
+        Channels of an image: 1 for grey, 3 for colour.
+
+    Raises
+    ------
+    ValueError
+        If `in_channels` is not a whole number of at least 1, or the images do not have shape
+        (n, in_channels, height, width) with sides of 24 to 32 pixels.
+
+    Notes
+    -----
+    Images of less than 32 pixels a side are padded to that by repeating their border.
+
+    References
+    ----------
+    E. Hoffer, N. Ailon, "Deep metric learning using Triplet network", arXiv 1412.6622, 2014,
+    section 4; sizes and dropout are those of the authors' Torch code.
+    """
+
+    def __init__(self, in_channels: int = 1) -> None:
+        super().__init__()
+        check_count(in_channels, "in_channels")
+        self.in_channels = in_channels
+        self.layers = nn.Sequential(
+            *_paper_stage(in_channels, 64, 5),
+            *_paper_stage(64, 128, 3),
+            *_paper_stage(128, 256, 3),
+            nn.Conv2d(256, 128, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+        ).to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images of shape (n, channels, height, width) as points of shape (n, 128)."""
+        sides = images.shape[2:]
+        if images.dim() != 4 or images.shape[1] != self.in_channels or not _fits(*sides):
+            raise ValueError(
+                f"images must have shape (n, {self.in_channels}, height, width) with sides of 24 "
+                f"to 32 pixels, got {tuple(images.shape)}"
+            )
+        (top, bottom), (left, right) = (((32 - s) // 2, (33 - s) // 2) for s in sides)
+        return self.layers(F.pad(images, (left, right, top, bottom), mode="replicate"))
+
+
+def _fits(height: int, width: int) -> bool:
+    return min(height, width) >= 24 and max(height, width) <= 32
+
+
+def _paper_stage(in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(in_channels, out_channels, kernel)
+    return [convolution, nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
+
+
 class TripletNet(nn.Module):
     """Apply one embedding network, with one set of weights, to anchor, positive and negative.
 
