@@ -25,7 +25,7 @@
 #   cause trouble, to ask which pixels matter, and when not to trust a map.
 # - **You need** chapters [3](03_network.ipynb) and [4](04_training.ipynb); no GPU.
 # - **Running time** about 2 minutes on two cores, and one more if chapter 4 has not left its network in the cache.
-# - Previous: [4 · Training](04_training.ipynb) · Next: a part that compares ways to learn a metric
+# - Previous: [4 · Training](04_training.ipynb) · Next: [6 · Three ways](06_three_ways.ipynb)
 
 # %%
 from functools import partial
@@ -723,7 +723,7 @@ assert roc_auc_score(is_shirt, torch.cat(lonely)) > 0.9
 # - Few images make most hard triplets; what is still wrong is hard for people, too.
 # - Never read sizes or gaps off t-SNE: measure in the full space.
 #
-# **Next** comes a part that compares ways to learn a metric: triplets, pairs and classes, side by side.
+# **Next** [6 · Three ways](06_three_ways.ipynb) compares triplets with pairs and with a linear map, side by side.
 #
 # ## References
 #
