@@ -1,4 +1,6 @@
+import collections
 import gzip
+import itertools
 import shutil
 import subprocess
 import sys
@@ -7,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
 from torchvision import datasets
 
 import tripletlib.data
-from tripletlib import BalancedBatchSampler, load_fashion_mnist, load_mnist
+from tripletlib import BalancedBatchSampler, draw_triplets, load_fashion_mnist, load_mnist
 
 PACKAGE = Path(tripletlib.data.__file__).parent
 
@@ -267,3 +272,79 @@ def test_loading_warns_of_nothing(empty_cache):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_mnist("test")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+several_classes = st.lists(st.integers(-3, 3), min_size=3, max_size=40).filter(
+    lambda labels: 1 < len(set(labels)) < len(labels)
+)
+
+
+@settings(deadline=None)
+@given(several_classes, st.integers(1, 200), st.sampled_from([torch.int64, torch.int32]))
+def test_drawn_triplets_are_valid(labels, count, dtype):
+    labels = torch.tensor(labels, dtype=dtype)
+    a, p, n = draw_triplets(labels, count, seeded())
+    for column in (a, p, n):
+        assert column.shape == (count,)
+        assert column.dtype == torch.int64
+    assert (labels[a] == labels[p]).all()
+    assert (labels[a] != labels[n]).all()
+    assert (a != p).all()
+
+
+def test_every_triplet_is_drawn_as_often_as_documented():
+    labels = torch.tensor([5, 8, 5, 2, 8, 5, 2, 9, 8, 8])
+    expected = {}
+    for a, p, n in itertools.product(range(10), repeat=3):
+        kind, other = labels[a].item(), labels[n].item()
+        if a != p and kind == labels[p] and kind != other:
+            size, far = (labels == kind).sum().item(), (labels == other).sum().item()
+            # Three of the four classes have two images, and there are three other classes.
+            expected[a, p, n] = 1 / 3 / size / (size - 1) / 3 / far
+    assert sum(expected.values()) == pytest.approx(1)
+    count = 200_000
+    drawn = collections.Counter(
+        zip(*(column.tolist() for column in draw_triplets(labels, count, seeded())), strict=True)
+    )
+    assert drawn.keys() == expected.keys()
+    observed = [drawn[triplet] for triplet in expected]
+    assert chisquare(observed, [count * share for share in expected.values()]).pvalue > 0.001
+
+
+def test_a_generator_repeats_triplets_and_goes_on_to_others():
+    labels = torch.arange(100) % 10
+    generator = seeded(3)
+    first, second = draw_triplets(labels, 50, generator), draw_triplets(labels, 50, generator)
+    again = draw_triplets(labels, 50, seeded(3))
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, second))
+    torch.manual_seed(1)
+    unseeded = draw_triplets(labels, 50)
+    torch.manual_seed(1)
+    assert all(map(torch.equal, unseeded, draw_triplets(labels, 50)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "message"),
+    [
+        ([], 1, "labels must hold at least two classes.*got 0 classes"),
+        ([4, 4, 4], 1, "labels must hold at least two classes.*got 1 classes"),
+        ([1, 2, 3], 1, "a class of at least two images.*the largest of 1 images"),
+        ([0, 0, 1], 0, "count must be a whole number of at least 1, got 0"),
+        ([0, 0, 1], 2.0, "count must be a whole number of at least 1, got 2.0"),
+        ([[0, 0], [1, 1]], 1, "labels must have shape"),
+    ],
+)
+def test_what_triplets_cannot_be_drawn_from_is_refused(labels, count, message):
+    with pytest.raises(ValueError, match=message):
+        draw_triplets(torch.tensor(labels, dtype=torch.int64), count)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1], torch.tensor([0.0, 0.0, 1.0])])
+def test_labels_of_triplets_must_be_an_integer_tensor(labels):
+    with pytest.raises(TypeError, match="labels must be"):
+        draw_triplets(labels, 1)

@@ -4,7 +4,13 @@ The chapters in ``notebooks/`` derive what this package holds; import it to use 
 """
 
 from tripletlib.augmentation import jitter
-from tripletlib.data import BalancedBatchSampler, load_fashion_mnist, load_mnist
+from tripletlib.data import (
+    BalancedBatchSampler,
+    draw_triplets,
+    load_fashion_mnist,
+    load_mnist,
+    load_olivetti,
+)
 from tripletlib.distances import pairwise_distances
 from tripletlib.estimator import TripletEmbedder
 from tripletlib.evaluation import (
@@ -22,8 +28,10 @@ from tripletlib.losses import (
     batch_all_triplet_loss,
 )
 from tripletlib.networks import EmbeddingNet, HofferAilonNet, TripletNet
+from tripletlib.search import SearchIndex, load_image
 from tripletlib.training import History, embed, fit, load_or_fit
 from tripletlib.triplets import describe_triplets, mine_triplets
+from tripletlib.verification import VerificationReport, pair_distances, verification_report
 
 __all__ = [
     "BalancedBatchSampler",
@@ -34,21 +42,28 @@ __all__ = [
     "HofferAilonNet",
     "KNNClassifier",
     "Score",
+    "SearchIndex",
     "TripletEmbedder",
     "TripletLoss",
     "TripletNet",
+    "VerificationReport",
     "batch_all_triplet_loss",
     "describe_triplets",
+    "draw_triplets",
     "embed",
     "fit",
     "jitter",
     "knn_accuracy",
     "load_fashion_mnist",
+    "load_image",
     "load_mnist",
+    "load_olivetti",
     "load_or_fit",
     "mean_average_precision_at_r",
     "mine_triplets",
+    "pair_distances",
     "pairwise_distances",
     "r_precision",
     "recall_at_k",
+    "verification_report",
 ]

@@ -1,15 +1,17 @@
-"""MNIST and Fashion-MNIST, shipped with the package, and batches balanced over the classes."""
+"""MNIST and Fashion-MNIST, shipped with the package; balanced batches and random triplets."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
+import socket
 import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -142,6 +144,59 @@ FASHION_NAMES = (
 )
 
 
+def load_olivetti(root: str | os.PathLike | None = None) -> tuple[Tensor, Tensor]:
+    """Load the Olivetti faces, ten photographs of each of 40 people, standardised one by one.
+
+    Each image is shifted and scaled to mean 0 and standard deviation 1. That takes off much of the
+    lighting, and nothing about one person gets into the images of another.
+
+    Parameters
+    ----------
+    root : path, optional
+        Where scikit-learn keeps the data, or is to download it to; by default its own folder
+        (``scikit_learn_data`` in the home folder, or what ``SCIKIT_LEARN_DATA`` names).
+
+    Returns
+    -------
+    images : Tensor, float32, shape (400, 1, 64, 64)
+        Grey images.
+    labels : Tensor, int64, shape (400,)
+        The person, 0 to 39.
+
+    Raises
+    ------
+    RuntimeError
+        If the data is not there and cannot be downloaded, which is tried for some seconds only, or
+        if it is damaged.
+
+    References
+    ----------
+    F. S. Samaria, A. C. Harter, "Parameterisation of a stochastic model for human face
+    identification", 1994; photographs by AT&T Laboratories Cambridge.
+    """
+    from sklearn.datasets import fetch_olivetti_faces
+
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # seconds; a network that drops packets would keep us for minutes
+    try:
+        # It prints a path, and warns of its second attempt.
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            faces = fetch_olivetti_faces(data_home=root, n_retries=1, delay=0.1)
+    except Exception as error:  # a network, a proxy, a disk and a file fail in ways of their own
+        raise RuntimeError(
+            f"could not load the Olivetti faces ({type(error).__name__}: {error}). Check that there "
+            "is a network to download them, or name in root= the folder that holds scikit-learn's "
+            "file of them; if that file is damaged, delete it"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
+    images = torch.from_numpy(faces.images).to(torch.float32).unsqueeze(1)
+    deviation, mean = torch.std_mean(images, dim=(2, 3), correction=0, keepdim=True)
+    # An image of one grey has no deviation, and becomes 0.
+    return (images - mean) / deviation.clamp(min=1e-6), torch.from_numpy(faces.target).long()
+
+
 def _load(name: str, split: str, root: str | os.PathLike | None) -> tuple[Tensor, Tensor]:
     images, labels = _shipped(name, split) if root is None else _downloaded(name, split, root)
     mean, deviation = _PIXEL_STATISTICS[name]
@@ -210,6 +265,78 @@ def _unpack(name: str, file: str, folder: Path) -> None:
     if hashlib.sha256(content).hexdigest() != digest:
         raise RuntimeError(f"data file {source} is damaged (its SHA-256 differs); {mend}")
     write_atomically(target, lambda stream: stream.write(content))
+
+
+def draw_triplets(
+    labels: Tensor, count: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw triplets at random from a whole data set, each class as often as any other.
+
+    The anchor's class is uniform over the classes of at least two images; anchor and positive are
+    two distinct images of it. The negative's class is uniform over all other classes, and the
+    negative uniform over its images. Triplets are drawn independently, so a list may hold one
+    twice. (`mine_triplets` with kind "random" chooses within an embedded batch instead: one
+    triplet for each anchor of the batch, uniform over its valid ones, so larger classes give more.)
+
+    Parameters
+    ----------
+    labels : Tensor of integers, shape (n,)
+        The class of every image.
+    count : int
+        How many triplets to draw, at least 1.
+    generator : torch.Generator, optional
+        Where the randomness comes from; by default torch's global one.
+
+    Returns
+    -------
+    a, p, n : Tensor, int64, shape (count,)
+        Indices of anchors, positives and negatives.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the labels are not integers of shape (n,), hold fewer than two classes or no class of two
+        images, or `count` is not a whole number of at least 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> labels = torch.tensor([0, 0, 1])
+    >>> a, p, n = draw_triplets(labels, 100)
+    >>> bool((a != p).all()), n.unique()
+    (True, tensor([2]))
+
+    References
+    ----------
+    E. Hoffer, N. Ailon, "Deep metric learning using Triplet network", arXiv 1412.6622, 2014,
+    section 3.
+    """
+    check_labels(labels, len(labels), of="labels")
+    check_count(count, "count")
+    _, which, sizes = labels.unique(return_inverse=True, return_counts=True)
+    several = torch.nonzero(sizes > 1)[:, 0]
+    if len(sizes) < 2 or not len(several):
+        raise ValueError(
+            "labels must hold at least two classes, and a class of at least two images, got "
+            f"{len(sizes)} classes, the largest of {int(sizes.max()) if len(sizes) else 0} images"
+        )
+
+    def below(limits: Tensor | int) -> Tensor:
+        # From so wide a range that the remainders are as good as uniform.
+        return torch.randint(2**62, (count,), generator=generator).to(labels.device) % limits
+
+    # Members of a class lie side by side in `order`, from `first` on.
+    order, first = which.argsort(), sizes.cumsum(dim=0) - sizes
+    like = several[below(len(several))]
+    unlike = (like + 1 + below(len(sizes) - 1)) % len(sizes)
+    anchor = below(sizes[like])
+    positive = (anchor + 1 + below(sizes[like] - 1)) % sizes[like]
+    negative = below(sizes[unlike])
+    return (
+        order[first[like] + anchor],
+        order[first[like] + positive],
+        order[first[unlike] + negative],
+    )
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
