@@ -185,6 +185,9 @@ def test_a_broken_run_resumes_to_the_same_weights(tmp_path):
     assert history["loss"].tolist() == whole_history["loss"].tolist()
     assert (np.diff(history["seconds"]) > 0).all()
     assert [file.name for file in path.parent.iterdir()] == ["run.pt"]
+    again, same_history = fitted(SmallNet(), epochs=3, checkpoint=path, callback=stop_at(1))
+    assert same_weights(again, whole)
+    assert same_history.rows == history.rows
 
 
 def test_a_finished_checkpoint_is_just_loaded(tmp_path):

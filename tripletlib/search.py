@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -223,12 +224,20 @@ def _as_array(points: Tensor, name: str) -> np.ndarray:
 
 
 def _faiss() -> ModuleType:
+    on_mac = sys.platform == "darwin"
+    if on_mac:
+        # There torch and FAISS each bring an OpenMP of their own, and two of them abort or crash
+        # (github.com/pytorch/pytorch/issues/149201) unless told to bear it and FAISS to use one
+        # thread.
+        os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
     try:
         import faiss
     except ImportError as error:
         raise ImportError(
             "SearchIndex needs FAISS: pip install faiss-cpu, or tripletlib[search]"
         ) from error
+    if on_mac:
+        faiss.omp_set_num_threads(1)
     return faiss
 
 

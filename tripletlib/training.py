@@ -171,7 +171,7 @@ def fit(
         run.attach(_checkpoint_file(Path(checkpoint), network, origin), origin)
 
     network.train()
-    start = time.perf_counter() - (run.history["seconds"][-1] if run.history else 0.0)
+    start = time.perf_counter() - (run.history.rows[-1]["seconds"] if run.history else 0.0)
     with torch.random.fork_rng(), _progress_bar(run, progress) as bar:
         for epoch in range(run.epoch, epochs):
             # A stream of its own for each epoch, so that resuming needs no random state.
