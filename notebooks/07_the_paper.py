@@ -261,7 +261,7 @@ def paper_loss(network, a, p, n):
     return ratio_loss(*TripletNet(network)(images[a], images[p], images[n]))
 
 
-budget = draw_triplets(labels, 64 * 128, torch.Generator().manual_seed(2))
+budget = draw_triplets(labels, 128 * 128, torch.Generator().manual_seed(2))
 paper_network, paper_curve = train(paper_loss, budget)
 
 # %% tags=["nbval-ignore-output"]
@@ -293,7 +293,7 @@ plt.show()
 # %% [markdown]
 # A fresh network puts everything close together: u ≈ 0, s ≈ ½, so the loss begins near σ(0)² = ¼. While all points nearly coincide, no direction is
 # much better than another, and the first sixteen steps hardly lower the triplet error. Then it goes quickly. Images seen are three for each triplet: this
-# budget is not even a seventieth of *one* epoch of the paper.
+# budget is about a fortieth of *one* epoch of the paper.
 
 # %%
 images_seen = 3 * len(budget[0])
@@ -403,7 +403,8 @@ print(f"of 128 random triplets; in the same batch: {state.triplets:,} valid, {ac
 
 # %% [markdown]
 # So train once more: same start, same images in the same batches, same optimiser. Only this changes: instead of the 128 triplets as drawn, **all** triplets among
-# the 384 images count, with chapter 2's hinge on the same distances, margin 1. The learning rate stays 0.1, which was best of 0.1, 0.03 and 0.01 for this loss too, on held-back images.
+# the 384 images count, with chapter 2's hinge on the same distances, margin 1. And the learning rate is 0.03,
+# the best of 0.1, 0.03 and 0.01 on held-back images. At 0.1 training fell apart: the mean over *active* triplets does not fade as they get fewer.
 
 
 # %%
@@ -415,7 +416,7 @@ def all_loss(network, a, p, n):
     return hinge_of_all(network(images[batch]), labels[batch])
 
 
-all_network, all_curve = train(all_loss, budget)
+all_network, all_curve = train(all_loss, budget, lr=0.03)
 
 # %%
 figure, ax = plt.subplots()
@@ -431,12 +432,11 @@ ax.set_ylabel("triplet error, held back")
 ax.minorticks_off()
 ax.legend()
 plt.show()
-assert all_curve["error"].iloc[2] < 0.5 * paper_curve["error"].iloc[2]
+assert all_curve["error"].iloc[-1] < 0.6 * paper_curve["error"].iloc[-1]
 
 # %% [markdown]
-# The images, the forward and the backward pass are the same; what is new is a matrix of 384 × 384 distances. Two things changed at once, mining and the shape of the loss,
-# so the curve does not say which did how much. Mining has its price too: the mean over *active* triplets never fades, so at a constant rate of 0.1 the curve soon
-# flattens and wavers. `fit` in chapter 4 therefore lowers the rate towards the end.
+# The images, the forward and the backward pass are the same; what is new is a matrix of 384 × 384 distances. Mining and the shape of the loss changed together, and the rate with them,
+# so the curve does not say which did how much. The lower rate even costs it the first few steps.
 
 # %% [markdown]
 # ## What the embeddings are worth
@@ -472,8 +472,8 @@ assert results["all"]["kNN"] > results["paper"]["kNN"]
 pd.DataFrame(results).T.map(lambda score: f"{score:.2%}")
 
 # %% [markdown]
-# Be sober: after 24 576 images the paper's recipe does not reach what kNN on pixels reached in chapter 1, 97 % (there with all 60 000 images as gallery). It is a start, not
-# a failure; the longer run below shows where the same recipe goes. With all triplets counted, the same images suffice to pass it.
+# Be sober: after 49 152 images the paper's recipe is about where kNN on raw pixels was in chapter 1, 97 % (there with all 60 000 images as gallery). It is a start, not
+# a failure; the longer run below shows where the same recipe goes. With all triplets counted, the same images lead well past it.
 
 # %% [markdown]
 # ## Beside the paper
@@ -483,8 +483,8 @@ pd.DataFrame(results).T.map(lambda score: f"{score:.2%}")
 # | Data set | Who | Images seen in training | Accuracy |
 # | :-- | :-- | :-- | :-- |
 # | MNIST | paper | 1 920 000 an epoch | 99.54 ± 0.08 % |
-# | MNIST | this chapter, the paper's recipe | 24 576 | above |
-# | MNIST | this chapter, batch-all | 24 576 | above |
+# | MNIST | this chapter, the paper's recipe | 49 152 | above |
+# | MNIST | this chapter, batch-all | 49 152 | above |
 # | MNIST | the longer run, the paper's recipe | 384 000 | 98.94 % (linear) |
 # | MNIST | chapter 4, two epochs of `fit` | 120 000 | 99.57 % (mean of five seeds) |
 # | CIFAR-10 | paper | | 87.1 % |
@@ -530,7 +530,7 @@ plt.show()
 assert undamped_curve["error"].iloc[-1] < 0.8 * damped_curve["error"].iloc[-1]
 
 # %% [markdown]
-# The authors' reading is patient: it suits millions of triplets. This chapter has 8 192, so it keeps PyTorch's reading, which was better on held-back images. That is our main
+# The authors' reading is patient: it suits millions of triplets. This chapter has 16 384, so it keeps PyTorch's reading, which was better on held-back images. That is our main
 # departure from their code besides the budget; their learning rate also decays very slowly, ours not at all. When a reproduction fails, compare what the words *do*, not the words.
 
 # %% [markdown]
