@@ -3,6 +3,8 @@ import hashlib
 import io
 import os
 import random
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -174,6 +176,23 @@ def test_bad_queries_are_refused(kind, queries, options, error, words):
 def test_an_exact_index_takes_no_effort():
     with pytest.raises(ValueError, match="approximate indices only"):
         SearchIndex(points(20)).search(points(1), effort=3)
+
+
+PATCHED = """
+import faiss.contrib.torch_utils  # replaces methods of FAISS, for this process
+import torch
+from tripletlib import SearchIndex
+points = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+for kind in ("exact", "hnsw", "ivf"):
+    index = SearchIndex(points, kind)
+    assert index.search(points, 300)[1].sort().values.eq(torch.arange(300)).all()
+    if kind != "exact":
+        assert index.search(points, 1, effort=300)[1][:, 0].eq(torch.arange(300)).all()
+"""
+
+
+def test_beside_a_package_that_has_changed_faiss():
+    subprocess.run([sys.executable, "-c", PATCHED], check=True)
 
 
 def test_without_faiss_the_error_says_what_to_install(monkeypatch):

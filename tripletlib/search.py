@@ -130,29 +130,33 @@ class SearchIndex:
         check_count(k, "k")
         if k > len(self):
             raise ValueError(f"k must be at most the {len(self)} embeddings, got {k}")
-        squared, indices = self.index.search(points, k, params=self._parameters(effort))
+        self._try_as_hard_as(effort)
+        squared, indices = self.index.search(points, k)
         short = (indices < 0).any(axis=1)
         if short.any():
             squared[short], indices[short] = self._search_exactly(points[short], k)
         # Rounding may leave a zero a little below zero.
         return torch.from_numpy(np.sqrt(squared.clip(min=0))), torch.from_numpy(indices)
 
-    def _parameters(self, effort: int | None) -> object:
+    def _try_as_hard_as(self, effort: int | None) -> None:
+        # As attributes of the index: search(..., params=...) is lost where another package has
+        # imported faiss.contrib.torch_utils, as pytorch-metric-learning does.
         if self.kind == "exact":
             if effort is not None:
                 raise ValueError(f"effort is for approximate indices only, got {effort!r}")
-            return None
+            return
         effort = _EFFORT[self.kind] if effort is None else effort
         check_count(effort, "effort")
         if self.kind == "hnsw":
-            return _faiss().SearchParametersHNSW(efSearch=int(effort))
-        return _faiss().SearchParametersIVF(nprobe=min(int(effort), self.index.nlist))
+            self.index.hnsw.efSearch = int(effort)
+        else:
+            self.index.nprobe = min(int(effort), self.index.nlist)
 
     def _search_exactly(self, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.kind == "hnsw":
             return self.index.storage.search(points, k)
-        everywhere = _faiss().SearchParametersIVF(nprobe=self.index.nlist)
-        return self.index.search(points, k, params=everywhere)
+        self.index.nprobe = self.index.nlist
+        return self.index.search(points, k)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the index to a file, whole or not at all.
