@@ -26,7 +26,7 @@
 # - **You will learn** to read a recipe closely enough to repeat it, what the paper's loss does to easy, semi-hard and hard
 #   triplets, what it costs to look at one triplet at a time, and how to report a budget.
 # - **You need** chapters [2](02_triplets.ipynb) and [4](04_training.ipynb); no GPU.
-# - **Running time** about 4 minutes on two slow cores, less on newer ones; a longer run is a command, and its result is here.
+# - **Running time** about 4 minutes on two slow cores; a longer run is a command, and its result is here.
 # - Previous: [6 · Three ways](06_three_ways.ipynb) · Next: [8 · Image retrieval](08_image_retrieval.ipynb)
 
 # %%

@@ -32,6 +32,15 @@ def data(validation: bool) -> tuple[torch.Tensor, ...]:
     return images[training], labels[training], images[held_back], labels[held_back]
 
 
+def summary(values: list[float]) -> str:
+    """Give the mean, its interval over seeds and their standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.3%} (one seed: no interval)"
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    half = student.ppf(0.975, len(values) - 1) * deviation / len(values) ** 0.5
+    return f"{mean:.3%} ± {half:.3%} (95 %), standard deviation {deviation:.3%}"
+
+
 def main() -> None:
     """Print a line a seed, and the summary."""
     parser = argparse.ArgumentParser()
@@ -48,9 +57,7 @@ def main() -> None:
         accuracy = knn_accuracy(embed(network, queries), query_labels, gallery, labels)
         scores.append(float(accuracy))
         print(f"seed {seed}: {accuracy}, trained in {history['seconds'][-1]:.1f} s", flush=True)
-    mean, deviation = statistics.mean(scores), statistics.stdev(scores)
-    half = student.ppf(0.975, len(scores) - 1) * deviation / len(scores) ** 0.5
-    print(f"mean {mean:.3%} ± {half:.3%} (95 %), standard deviation {deviation:.3%}")
+    print(f"mean {summary(scores)}")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Sequence
 
 import torch
+from accuracy import data, summary
 from machine import THREADS, machine
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 from tripletlib import (
@@ -35,12 +34,10 @@ from tripletlib import (
     embed,
     fit,
     knn_accuracy,
-    load_mnist,
     mean_average_precision_at_r,
     recall_at_k,
 )
 
-HELD_BACK = 5000
 SEARCH_SEED = 1000
 DEFAULT_RATE = 0.004
 RATES = (0.002, 0.004, 0.008, 0.016)
@@ -104,13 +101,10 @@ def choose(family: str, known: Sequence[Tensor], asked: Sequence[Tensor]) -> tup
     return margin, max(rates, key=rates.__getitem__)
 
 
-def summary(values: list[float]) -> str:
-    """Give the mean, its interval over seeds and their standard deviation."""
-    if len(values) < 2:
-        return f"{values[0]:.3%} (one seed: no interval)"
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    half = student.ppf(0.975, len(values) - 1) * deviation / len(values) ** 0.5
-    return f"{mean:.3%} ± {half:.3%} (95 %), standard deviation {deviation:.3%}"
+def halves(validation: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Give images to train on with their labels, and those to test on with theirs."""
+    images, labels, queries, query_labels = data(validation)
+    return (images, labels), (queries, query_labels)
 
 
 def main() -> None:
@@ -123,14 +117,11 @@ def main() -> None:
         parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
     torch.set_num_threads(THREADS)
     print(machine())
-    images, labels = load_mnist("train")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
-    held_back, rest = order[:HELD_BACK], order[HELD_BACK:]
-    search = (images[rest], labels[rest]), (images[held_back], labels[held_back])
-    final = search if arguments.validation else ((images, labels), load_mnist("test"))
+    known, asked = halves(validation=True)
+    final = halves(arguments.validation)
 
     print("margin and learning rate, on images held back:")
-    chosen = {family: choose(family, *search) for family in FAMILIES}
+    chosen = {family: choose(family, known, asked) for family in FAMILIES}
     print("seeds, on", "images held back:" if arguments.validation else "the test set:")
     scores = {
         (family, seed): run(family, *settings, seed, *final)
