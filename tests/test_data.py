@@ -138,10 +138,10 @@ def test_two_processes_may_start_at_once(empty_cache):
     code = "from tripletlib import load_mnist; print(load_mnist('test')[1].sum().item())"
     starts = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     answers = {start.communicate()[0] for start in starts}
-    assert [start.returncode for start in starts] == [0, 0, 0]
+    assert [start.returncode for start in starts] == [0, 0]
     assert answers == {f"{load_mnist('test')[1].sum().item()}\n"}
     leftovers = [path.name for path in empty_cache.rglob("*") if path.name.startswith(".")]
     assert leftovers == []

@@ -80,6 +80,74 @@ def test_one_query_at_a_time_gives_the_same_answers():
     assert classifier.predict(queries[:0]).shape == (0,)
 
 
+def scattered(kind, generator):
+    """Return a gallery of 2 000 and queries among which the search for one has work to do."""
+    points = torch.randn(2010, 12, generator=generator)
+    if kind == "tight classes":
+        points = 5 * torch.eye(12)[torch.randint(7, (2010,), generator=generator)] + points / 20
+    elif kind == "flat":
+        points[:, 2:] *= 1e-3
+    elif kind == "ties":
+        points = points.round()
+    elif kind == "one point":
+        points[:2000] = 1.0
+    elif kind == "no spread":
+        points[:] = 0.0
+    elif kind == "far queries":
+        points[2000:] *= 1000
+    elif kind == "one column":
+        points = points[:, :1].contiguous()
+    elif kind == "tiny":
+        points *= 1e-30
+    elif kind == "huge":
+        points *= 1e30
+    return points[:2000], points[2000:]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "round",
+        "tight classes",
+        "flat",
+        "ties",
+        "one point",
+        "no spread",
+        "far queries",
+        "one column",
+        "tiny",
+        "huge",
+    ],
+)
+@pytest.mark.parametrize("k", [1, 10, 400, 2000])
+def test_the_search_for_one_query_finds_the_k_nearest(kind, k):
+    gallery, queries = scattered(kind, torch.Generator().manual_seed(k))
+    for dtype in (torch.float32, torch.float64):
+        search = tripletlib.evaluation._Search(gallery.to(dtype))
+        exact = (queries[:, None].double() - gallery.double()).square().sum(dim=2)
+        rounding = 8 * torch.finfo(dtype).eps * float(exact.max())
+        for query, distances in zip(queries.to(dtype), exact, strict=True):
+            ((_, (found,)),) = search.nearest(query[None], k)
+            assert len(found.unique()) == k
+            nearest = distances.sort().values[:k]
+            torch.testing.assert_close(distances[found], nearest, atol=rounding, rtol=0)
+
+
+def test_the_search_for_one_query_looks_at_few_items(monkeypatch):
+    gallery, queries = scattered("flat", torch.Generator().manual_seed(0))
+    search = tripletlib.evaluation._Search(gallery)
+    assert len(search._short_items) == 3  # of 12: two axes, and a length for the others
+    monkeypatch.setattr(search, "distances", None)  # all of them
+    for query in queries:
+        next(search.nearest(query[None], 10))
+
+
+@pytest.mark.parametrize("size", [1e-10, 1.0, 1e38])
+def test_a_query_out_of_reach_of_float32_gets_an_answer(size):
+    classifier = KNNClassifier(POINTS * 1e-30, LABELS, k=3)
+    assert classifier.predict(POINTS[:1] * size).shape == (1,)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_recall_equals_a_search_by_scikit_learn(k):
     gallery, gallery_labels = clusters(200)
@@ -245,8 +313,9 @@ def test_the_interval_is_clopper_pearson():
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     draws = np.random.default_rng(0).binomial(200, 0.9, size=1000)
-    scores = [Score.of_successes(int(successes), 200) for successes in draws]
-    covered = np.mean([score.low <= 0.9 <= score.high for score in scores])
+    successes, times = np.unique(draws, return_counts=True)
+    scores = [Score.of_successes(int(count), 200) for count in successes]
+    covered = np.average([score.low <= 0.9 <= score.high for score in scores], weights=times)
     assert covered >= 0.94
 
 

@@ -456,6 +456,10 @@ def test_embed_leaves_the_mode_as_it_was_even_if_it_fails():
     with pytest.raises(ValueError, match="images must have shape"):
         embed(network, torch.randn(2, 3, 28, 28))
     assert network.training
+    frozen = network.layers[1].eval()
+    embed(network, torch.randn(2, 1, 28, 28))
+    assert network.training
+    assert not frozen.training
     embed(network.eval(), torch.randn(2, 1, 28, 28))
     assert not network.training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 
@@ -17,7 +18,8 @@ def check_points(points: Tensor, name: str = "embeddings") -> None:
         raise ValueError(f"{name} must have shape (n, d), got {tuple(points.shape)}")
     if not points.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {points.dtype}")
-    if not torch.isfinite(points).all():
+    # A finite sum has finite terms, and is quick to see. A sum may overflow, so then look closely.
+    if not math.isfinite(points.detach().sum()) and not torch.isfinite(points).all():
         row = int((~torch.isfinite(points)).any(dim=1).nonzero()[0])
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -73,8 +74,8 @@ class Score(float):
 class KNNClassifier:
     """Classify queries by the majority among their k nearest gallery items.
 
-    What depends on the gallery alone is computed once, so that asking for one query at a time is
-    fast.
+    What depends on the gallery alone is computed once. A query that comes alone is compared in full
+    only with the items that a bound cannot rule out, which gives the same neighbours and is fast.
 
     Parameters
     ----------
@@ -98,17 +99,14 @@ class KNNClassifier:
         _check_k(k, len(gallery))
         self._search = _Search(gallery)
         self._k = k
-        self._classes, self._class_of = gallery_labels.unique(return_inverse=True)
+        self._labels = gallery_labels.to(torch.int64)
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """Return the predicted labels, int64 of shape (n,), of queries of shape (n, d)."""
-        winners = [self._classes.new_empty(0)]
+        winners = [self._labels.new_empty(0)]
         for _, neighbours in self._search.nearest(embeddings, self._k):
-            cast = self._class_of[neighbours]
-            votes = torch.zeros(len(cast), len(self._classes), dtype=torch.int64)
-            votes.scatter_add_(1, cast, torch.ones_like(cast))
-            winners.append(self._classes[votes.argmax(dim=1)])  # argmax: the first of equals
-        return torch.cat(winners).to(torch.int64)
+            winners.append(self._labels[neighbours].mode(dim=1).values)
+        return torch.cat(winners)
 
 
 def knn_accuracy(
@@ -301,7 +299,7 @@ def _mean_at_r(
     labels, gallery_labels = labels[order].numpy(), gallery_labels[gallery_order].numpy()
     search, values = _Search(gallery[gallery_order]), []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for rows, distances in search.distances(embeddings[order], within=within):
+        for rows, distances in search.distances(search.placed(embeddings[order]), within=within):
             blocks = _blocks_of_one_class(distances.numpy(), labels[rows], gallery_labels)
             values += pool.map(lambda block: measure(*_own_and_others(*block, within)), blocks)
     values = np.concatenate(values)
@@ -342,6 +340,7 @@ def _own_and_others(
 
 _BLOCK_ROWS = 32  # small enough to share out among threads
 _CHUNK_ELEMENTS = 2**25  # of a distance matrix held at once: 128 MB in float32
+_LEADING_SHARE = 0.9  # less leaves more items to look at, more makes the first look longer
 
 
 class _Search:
@@ -355,34 +354,32 @@ class _Search:
         width = (gallery - centre).abs().max()
         self.unit = torch.ldexp(torch.ones_like(width), width.frexp().exponent.clamp(min=-100))
         self.centre = (32 * centre / self.unit).round() * self.unit / 32
-        placed = self._placed(gallery)
-        self.squared_norms = placed.square().sum(dim=1)
-        # An item a column: so a single query is a sum of whole rows, which is quickest.
-        self.columns = (-2 * placed).T.contiguous()
+        self.items = (gallery - self.centre) / self.unit
+        self.squared_norms = self.items.square().sum(dim=1)
 
-    def _placed(self, points: Tensor) -> Tensor:
-        return (points - self.centre) / self.unit
+    def placed(self, queries: Tensor) -> Tensor:
+        """Check queries, and move them as the items were."""
+        check_points(queries)
+        width = self.items.shape[1]
+        if queries.shape[1] != width:
+            raise ValueError(
+                f"embeddings must have the {width} columns of the gallery, got {queries.shape[1]}"
+            )
+        return (queries.detach().to(self.items.dtype) - self.centre) / self.unit
 
     def distances(self, queries: Tensor, *, within: bool = False) -> Iterator[tuple[slice, Tensor]]:
         """Yield squared distances for slices of queries, each block in the memory of the last.
 
         They are in a unit of their own and lack the query's squared norm; along a row that does not
-        change the order. With `within`, the queries are the gallery, and each is at infinity from
-        itself.
+        change the order. The queries are as `placed` returns them. With `within`, they are the
+        gallery, and each is at infinity from itself.
         """
-        check_points(queries)
-        width, items = self.columns.shape
-        if queries.shape[1] != width:
-            raise ValueError(
-                f"embeddings must have the {width} columns of the gallery, got {queries.shape[1]}"
-            )
-        queries = queries.detach().to(self.columns.dtype)
-        rows_at_once = max(1, _CHUNK_ELEMENTS // items)
-        memory = self.columns.new_empty(min(rows_at_once, len(queries)), items)
+        rows_at_once = max(1, _CHUNK_ELEMENTS // len(self.items))
+        memory = queries.new_empty(min(rows_at_once, len(queries)), len(self.items))
         for start in range(0, len(queries), rows_at_once):
             rows = slice(start, min(start + rows_at_once, len(queries)))
             block = memory[: rows.stop - start]
-            torch.addmm(self.squared_norms, self._placed(queries[rows]), self.columns, out=block)
+            torch.addmm(self.squared_norms, queries[rows], self.items.T, alpha=-2, out=block)
             if within:
                 block.diagonal(start).fill_(torch.inf)
             yield rows, block
@@ -394,8 +391,67 @@ class _Search:
 
         `within` is as for `distances`.
         """
+        queries = self.placed(queries)
+        if len(queries) == 1 and not within:
+            yield slice(0, 1), self._nearest_to_one(queries, k)
+            return
         for rows, distances in self.distances(queries, within=within):
             yield rows, distances.topk(k, dim=1, largest=False).indices
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def _nearest_to_one(self, query: Tensor, k: int) -> Tensor:
+        """Return the indices of shape (1, k) that `nearest` yields, reading little of the gallery.
+
+        No item is nearer than its short form is to the query's. So the distances of any k items
+        tell which short forms are too far, and the others are few.
+        """
+        short = self._short_items
+        short_query = self._shortened(query, len(short) - 1)
+        bounds = torch.addmm(self.squared_norms, short_query, short, alpha=-2)[0].numpy()
+        point, items = query.numpy(), self.items.numpy()
+
+        def squared_distances(chosen: np.ndarray) -> np.ndarray:
+            return np.square(items[chosen] - point).sum(axis=1)
+
+        # k items that are near: of stretches of the gallery the nearest, of those the k nearest.
+        stretch = max(1, len(items) // max(k, 256))
+        stretches = bounds[: len(items) // stretch * stretch].reshape(-1, stretch)
+        best = stretches.min(axis=1).argpartition(k - 1)[:k]
+        best = best * stretch + stretches[best].argmin(axis=1)
+        square = np.square(point).sum()
+        rounding = 4 * point.size * np.finfo(point.dtype).eps * (square + self._largest)
+        limit = squared_distances(best).max() - square + rounding
+        near = np.flatnonzero(~(bounds > limit))  # not <=: a NaN, of overflow, rules nothing out
+        if len(near) > max(k, len(items) // 16):  # the query is far from all
+            return next(self.distances(query))[1].topk(k, largest=False).indices
+        nearest = near[squared_distances(near).argsort(kind="stable")[:k]]
+        return torch.from_numpy(nearest)[None]
+
+    @cached_property
+    def _largest(self) -> float:
+        return float(self.squared_norms.max())
+
+    @cached_property
+    def _axes(self) -> Tensor:
+        """Orthonormal axes as columns, those along which the items vary most first."""
+        items = self.items.double()
+        return torch.linalg.eigh(items.T @ items).eigenvectors.flip(1).to(self.items.dtype)
+
+    @cached_property
+    def _short_items(self) -> Tensor:
+        """The items with as many leading coordinates as hold most of their squares, as columns."""
+        squares = (self.items @ self._axes).square().sum(dim=0).cumsum(dim=0)
+        leading = int((squares < _LEADING_SHARE * squares[-1]).sum()) + 1
+        return self._shortened(self.items, leading).T.contiguous()  # so a query adds whole rows
+
+    def _shortened(self, points: Tensor, leading: int) -> Tensor:
+        """Turn points to the axes; replace what follows the leading coordinates by its length.
+
+        By the Cauchy-Schwarz inequality that brings no two points farther apart.
+        """
+        turned = points @ self._axes
+        rest = turned[:, leading:].norm(dim=1, keepdim=True)
+        return torch.cat([turned[:, :leading], rest], dim=1)
 
 
 def _check_queries(embeddings: Tensor, labels: Tensor) -> None:

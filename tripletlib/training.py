@@ -358,14 +358,15 @@ def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
     check_images(images)
     check_count(batch_size, "batch_size")
     device = next(network.parameters(), torch.empty(0)).device
-    was_training = network.training
-    network.eval()
+    training = [module for module in network.modules() if module.training]
+    if training:
+        network.eval()
     try:
         with torch.no_grad():
             return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
     finally:
-        if was_training:
-            network.train()
+        for module in training:
+            module.training = True
 
 
 def _check_arguments(
