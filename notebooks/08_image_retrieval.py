@@ -293,7 +293,8 @@ plot_scores(dict(zip(spaces[0], SHADES, strict=True)))
 # %% [markdown]
 # A disappointment, and worth saying plainly: on average neither trained network beats raw pixels, nor even random weights. For Recall@1 pixels are
 # strong: among a thousand of each kind there is nearly always one with ink in the same places. MAP@R, which wants *all* of a kind, shows where training helps: in
-# split 2, whose seen kinds have relatives among the unseen, triplets lead; in splits 0 and 1, clothes against shoes and bags, they come last.
+# split 2, whose seen kinds have relatives among the unseen, triplets lead; in splits 0 and 1, clothes against shoes and bags, both trained
+# networks come last.
 
 # %%
 first = {
