@@ -356,6 +356,7 @@ class _Search:
         self.centre = (32 * centre / self.unit).round() * self.unit / 32
         self.items = (gallery - self.centre) / self.unit
         self.squared_norms = self.items.square().sum(dim=1)
+        self.largest = float(self.squared_norms.max())
 
     def placed(self, queries: Tensor) -> Tensor:
         """Check queries, and move them as the items were."""
@@ -419,17 +420,13 @@ class _Search:
         best = stretches.min(axis=1).argpartition(k - 1)[:k]
         best = best * stretch + stretches[best].argmin(axis=1)
         square = np.square(point).sum()
-        rounding = 4 * point.size * np.finfo(point.dtype).eps * (square + self._largest)
+        rounding = 4 * point.size * np.finfo(point.dtype).eps * (square + self.largest)
         limit = squared_distances(best).max() - square + rounding
         near = np.flatnonzero(~(bounds > limit))  # not <=: a NaN, of overflow, rules nothing out
         if len(near) > max(k, len(items) // 16):  # the query is far from all
             return next(self.distances(query))[1].topk(k, largest=False).indices
         nearest = near[squared_distances(near).argsort(kind="stable")[:k]]
         return torch.from_numpy(nearest)[None]
-
-    @cached_property
-    def _largest(self) -> float:
-        return float(self.squared_norms.max())
 
     @cached_property
     def _axes(self) -> Tensor:
@@ -442,6 +439,7 @@ class _Search:
         """The items with as many leading coordinates as hold most of their squares, as columns."""
         squares = (self.items @ self._axes).square().sum(dim=0).cumsum(dim=0)
         leading = int((squares < _LEADING_SHARE * squares[-1]).sum()) + 1
+        leading = min(leading, len(squares) - 1)
         return self._shortened(self.items, leading).T.contiguous()  # so a query adds whole rows
 
     def _shortened(self, points: Tensor, leading: int) -> Tensor:
@@ -450,8 +448,8 @@ class _Search:
         By the Cauchy-Schwarz inequality that brings no two points farther apart.
         """
         turned = points @ self._axes
-        rest = turned[:, leading:].norm(dim=1, keepdim=True)
-        return torch.cat([turned[:, :leading], rest], dim=1)
+        turned[:, leading] = turned[:, leading:].norm(dim=1)
+        return turned[:, : leading + 1]
 
 
 def _check_queries(embeddings: Tensor, labels: Tensor) -> None:
