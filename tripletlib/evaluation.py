@@ -105,7 +105,7 @@ class KNNClassifier:
         """Return the predicted labels, int64 of shape (n,), of queries of shape (n, d)."""
         winners = [self._labels.new_empty(0)]
         for _, neighbours in self._search.nearest(embeddings, self._k):
-            winners.append(self._labels[neighbours].mode(dim=1).values)
+            winners.append(self._labels.take(neighbours).mode(dim=1).values)
         return torch.cat(winners)
 
 
@@ -406,10 +406,9 @@ class _Search:
         No item is nearer than its short form is to the query's. So the distances of any k items
         tell which short forms are too far, and the others are few.
         """
-        short = self._short_items
-        short_query = self._shortened(query, len(short) - 1)
-        bounds = torch.addmm(self.squared_norms, short_query, short, alpha=-2)[0].numpy()
-        point, items = query.numpy(), self.items.numpy()
+        short, items, point = self._short_items, self.items.numpy(), query.numpy()
+        short_point = torch.from_numpy(self._shortened(point, len(short) - 1))
+        bounds = torch.addmm(self.squared_norms, short_point, short, alpha=-2)[0].numpy()
 
         def squared_distances(chosen: np.ndarray) -> np.ndarray:
             return np.square(items[chosen] - point).sum(axis=1)
@@ -429,26 +428,28 @@ class _Search:
         return torch.from_numpy(nearest)[None]
 
     @cached_property
-    def _axes(self) -> Tensor:
+    def _axes(self) -> np.ndarray:
         """Orthonormal axes as columns, those along which the items vary most first."""
         items = self.items.double()
-        return torch.linalg.eigh(items.T @ items).eigenvectors.flip(1).to(self.items.dtype)
+        axes = torch.linalg.eigh(items.T @ items).eigenvectors.flip(1)
+        return axes.to(self.items.dtype).numpy()
 
     @cached_property
     def _short_items(self) -> Tensor:
         """The items with as many leading coordinates as hold most of their squares, as columns."""
-        squares = (self.items @ self._axes).square().sum(dim=0).cumsum(dim=0)
+        items = self.items.numpy()
+        squares = np.square(items @ self._axes).sum(axis=0).cumsum()
         leading = int((squares < _LEADING_SHARE * squares[-1]).sum()) + 1
-        leading = min(leading, len(squares) - 1)
-        return self._shortened(self.items, leading).T.contiguous()  # so a query adds whole rows
+        short = self._shortened(items, min(leading, len(squares) - 1))
+        return torch.from_numpy(short).T.contiguous()  # so a query adds whole rows
 
-    def _shortened(self, points: Tensor, leading: int) -> Tensor:
+    def _shortened(self, points: np.ndarray, leading: int) -> np.ndarray:
         """Turn points to the axes; replace what follows the leading coordinates by its length.
 
         By the Cauchy-Schwarz inequality that brings no two points farther apart.
         """
         turned = points @ self._axes
-        turned[:, leading] = turned[:, leading:].norm(dim=1)
+        turned[:, leading] = np.linalg.norm(turned[:, leading:], axis=1)
         return turned[:, : leading + 1]
 
 
