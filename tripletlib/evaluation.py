@@ -406,9 +406,9 @@ class _Search:
         No item is nearer than its short form is to the query's. So the distances of any k items
         tell which short forms are too far, and the others are few.
         """
-        short, items, point = self._short_items, self.items.numpy(), query.numpy()
-        short_point = torch.from_numpy(self._shortened(point, len(short) - 1))
-        bounds = torch.addmm(self.squared_norms, short_point, short, alpha=-2)[0].numpy()
+        items, point = self.items.numpy(), query.numpy()
+        short = torch.from_numpy(self._shortened(point))
+        bounds = torch.addmm(self.squared_norms, short, self._short_items, alpha=-2)[0].numpy()
 
         def squared_distances(chosen: np.ndarray) -> np.ndarray:
             return np.square(items[chosen] - point).sum(axis=1)
@@ -428,27 +428,28 @@ class _Search:
         return torch.from_numpy(nearest)[None]
 
     @cached_property
-    def _axes(self) -> np.ndarray:
-        """Orthonormal axes as columns, those along which the items vary most first."""
-        items = self.items.double()
-        axes = torch.linalg.eigh(items.T @ items).eigenvectors.flip(1)
-        return axes.to(self.items.dtype).numpy()
+    def _axes(self) -> tuple[np.ndarray, int]:
+        """Orthonormal axes as columns, and how many lead.
+
+        Those along which the items vary most come first, and so many lead as hold most of it.
+        """
+        squares, axes = torch.linalg.eigh((self.items.T @ self.items).double())
+        squares, axes = squares.flip(0).cumsum(dim=0), axes.flip(1).to(self.items.dtype)
+        leading = int((squares < _LEADING_SHARE * squares[-1]).sum()) + 1
+        return axes.numpy(), min(leading, len(squares) - 1)
 
     @cached_property
     def _short_items(self) -> Tensor:
-        """The items with as many leading coordinates as hold most of their squares, as columns."""
-        items = self.items.numpy()
-        squares = np.square(items @ self._axes).sum(axis=0).cumsum()
-        leading = int((squares < _LEADING_SHARE * squares[-1]).sum()) + 1
-        short = self._shortened(items, min(leading, len(squares) - 1))
-        return torch.from_numpy(short).T.contiguous()  # so a query adds whole rows
+        """The items' short forms as columns, so that a query adds up whole rows."""
+        return torch.from_numpy(self._shortened(self.items.numpy())).T.contiguous()
 
-    def _shortened(self, points: np.ndarray, leading: int) -> np.ndarray:
+    def _shortened(self, points: np.ndarray) -> np.ndarray:
         """Turn points to the axes; replace what follows the leading coordinates by its length.
 
         By the Cauchy-Schwarz inequality that brings no two points farther apart.
         """
-        turned = points @ self._axes
+        axes, leading = self._axes
+        turned = points @ axes
         turned[:, leading] = np.linalg.norm(turned[:, leading:], axis=1)
         return turned[:, : leading + 1]
 
