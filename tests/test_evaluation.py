@@ -148,6 +148,12 @@ def test_a_query_out_of_reach_of_float32_gets_an_answer(size):
     assert classifier.predict(POINTS[:1] * size).shape == (1,)
 
 
+def test_a_gallery_out_of_reach_of_float32_gives_answers():
+    classifier = KNNClassifier(POINTS.sign() * 3e38, LABELS, k=3)
+    assert classifier.predict(POINTS[:1]).shape == (1,)
+    assert classifier.predict(POINTS).shape == (10,)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_recall_equals_a_search_by_scikit_learn(k):
     gallery, gallery_labels = clusters(200)

@@ -393,7 +393,8 @@ class _Search:
         `within` is as for `distances`.
         """
         queries = self.placed(queries)
-        if len(queries) == 1 and not within:
+        # Where the gallery overflows its type there are no axes to be found.
+        if len(queries) == 1 and not within and math.isfinite(self.largest):
             yield slice(0, 1), self._nearest_to_one(queries, k)
             return
         for rows, distances in self.distances(queries, within=within):
