@@ -200,7 +200,7 @@ assert left_to_look_at.median() < 0.01 * len(gallery)
 
 # %% [markdown]
 # `KNNClassifier` searches this way when an image comes alone, as at the end of chapter 4: the short forms of all, and then the few in full.
-# It finds the very same neighbours and reads a sixth of the numbers. An untrained network fills more directions, and gains less.
+# It finds the very same neighbours and reads a sixth of the numbers.
 
 # %% [markdown]
 # ## Keeping the neighbours: t-SNE

@@ -24,7 +24,7 @@
 # - **You will learn** the contrastive loss and the Mahalanobis distance, what scikit-learn already has, how to compare methods
 #   so that the result means something, and when to use which.
 # - **You need** chapters [2](02_triplets.ipynb) and [4](04_training.ipynb); no GPU.
-# - **Running time** about 4 minutes on two slow cores.
+# - **Running time** about 3 minutes on two slow cores.
 # - Previous: [5 · Visualization](05_visualization.ipynb) · Next: [7 · The paper](07_the_paper.ipynb)
 
 # %%

@@ -25,7 +25,7 @@
 # - **You will learn** to measure retrieval on unseen classes, against rivals that cost less; to search exactly and
 #   approximately with FAISS; to save an index; and to ask with an image file of your own.
 # - **You need** chapters [4](04_training.ipynb) and [5](05_visualization.ipynb), and `pip install faiss-cpu`; no GPU.
-# - **Running time** about 5 minutes on two slow cores.
+# - **Running time** about 4 minutes on two slow cores.
 # - Previous: [7 · The paper](07_the_paper.ipynb) · Next: [9 · Verification](09_verification.ipynb)
 
 # %%

@@ -25,7 +25,7 @@
 # - **You will learn** to read ROC and DET curves, the equal error rate and the TAR at a FAR; where a threshold may come from; how sure
 #   such numbers are; how many images it takes to enrol a new class; and how to refuse a stranger.
 # - **You need** chapters [4](04_training.ipynb) and [5](05_visualization.ipynb); no GPU.
-# - **Running time** about 3 minutes on two slow cores.
+# - **Running time** about 2 minutes on two slow cores.
 # - Previous: [8 · Image retrieval](08_image_retrieval.ipynb) · Next: the book ends here; [1 · Data](01_data.ipynb) is where it began
 
 # %%
