@@ -3,14 +3,13 @@
 #   jupytext:
 #     cell_metadata_filter: tags,jupyter,-all
 #     formats: ipynb,py:percent
-#     notebook_metadata_filter: jupytext,kernelspec,-all
+#     notebook_metadata_filter: -jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
-#       jupytext_version: 1.19.6
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -171,36 +170,6 @@ plt.show()
 # %%
 assert shares[:9].sum() > 0.95
 assert shares[:2].sum() < 0.6
-
-# %% [markdown]
-# Nine directions are good for more than pictures. Keep of an embedding the nine coordinates, and of the other 55 only their length:
-# ten numbers. Two of these *short forms* are never farther apart than the embeddings themselves, since two vectors differ by at least as much
-# as their lengths do. So an item whose short form lies beyond the query's tenth neighbour cannot be among the ten. How many
-# of the 60 000 does that leave to look at?
-
-
-# %%
-def short(points):
-    turned = torch.from_numpy(pca.transform(points.numpy())).double()
-    return torch.cat([turned[:, :9], turned[:, 9:].norm(dim=1, keepdim=True)], dim=1)
-
-
-few, exactly = queries[:100], {"compute_mode": "donot_use_mm_for_euclid_dist"}
-full = torch.cdist(few.double(), gallery.double(), **exactly)
-bounds = torch.cdist(short(few), short(gallery), **exactly)
-assert (bounds < full + 1e-5).all()
-tenth = full.kthvalue(10, dim=1).values
-left_to_look_at = (bounds <= tenth[:, None]).sum(dim=1)
-
-# %% tags=["nbval-ignore-output"]
-print(f"{left_to_look_at.median().item()} of {len(gallery)} in the median")
-
-# %%
-assert left_to_look_at.median() < 0.01 * len(gallery)
-
-# %% [markdown]
-# `KNNClassifier` searches this way when an image comes alone, as at the end of chapter 4: the short forms of all, and then the few in full.
-# It finds the very same neighbours and reads a sixth of the numbers.
 
 # %% [markdown]
 # ## Keeping the neighbours: t-SNE

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from devices import FAKE, FakeDevice
 from scipy import ndimage
 
 from tripletlib import jitter
@@ -78,3 +79,23 @@ def test_what_comes_in_from_outside_repeats_the_border():
 def test_bad_images_are_refused(images, error, message):
     with pytest.raises(error, match=message):
         jitter(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_changes_nothing(dtype):
+    images = torch.randn(6, 3, 12, 10, dtype=dtype)
+    results = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(jitter(images))
+    assert torch.equal(*results)
+
+
+def test_on_a_device_of_its_own_without_float64():
+    images = torch.randn(6, 1, 12, 10)
+    torch.manual_seed(0)
+    expected = jitter(images)
+    torch.manual_seed(0)
+    with FakeDevice():
+        assert torch.equal(jitter(images.to(FAKE)).cpu(), expected)

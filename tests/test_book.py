@@ -13,6 +13,8 @@ NOTEBOOKS = ROOT / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
 LARGEST = 2_400_000
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(home|root|Users|tmp|var|work|usr|opt)/|[A-Z]:\\\\?\w")
+# As ipykernel installs it, and so as JupyterLab writes it.
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 chapters = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -49,6 +51,26 @@ def test_script_and_notebook_hold_the_same_cells(script):
         ]
 
     assert essence(notebook(script)) == essence(jupytext.read(script))
+
+
+@chapters
+def test_jupyterlab_finds_nothing_to_change_in_a_chapter_that_it_opens_and_saves(script):
+    book = notebook(script)
+    assert book.nbformat_minor == 5
+    assert book.metadata.kernelspec == KERNEL
+    assert set(book.metadata) == {"jupytext", "kernelspec", "language_info"}
+    # No times of execution, no state of a view.
+    for cell in book.cells:
+        assert set(cell.metadata) <= {"jupyter", "lines_to_next_cell", "tags"}, cell.source
+    written = script.with_suffix(".ipynb").read_text(encoding="utf-8")
+    assert written == nbformat.writes(book) + "\n"
+
+
+@chapters
+def test_jupytext_of_any_version_finds_nothing_to_change_in_a_script(script):
+    written = script.read_text(encoding="utf-8")
+    assert written == jupytext.writes(notebook(script), fmt="py:percent")
+    assert "jupytext_version: " not in written
 
 
 @chapters

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
+from devices import DEVICES, FAKE, FakeDevice, NoDouble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,3 +183,124 @@ def test_points_that_coincide_do_not_disturb_the_others(copies):
         (gradient,) = torch.autograd.grad(pairwise_distances(x, squared=squared).sum(), x)
         assert torch.isfinite(gradient).all()
         x = x.detach()
+
+
+FAR = [
+    [[1e18], [0.0], [7.0], [7.0], [7.5], [1e-6]],
+    [[1e18, 3.0], [0.0, 0.0], [7.0, 24.0], [-1e12, 1.0], [1e-3, 0.0], [1e-3, 1e-9]],
+    [[3e38], [-3e38], [7.0], [8.0], [8.0], [1e-30]],
+    [[1e30, 1e-30], [1e30, 0.0], [0.0, 1e-30], [0.0, 0.0], [1e-20, 1e-20], [0.0, 1e-12]],
+]
+
+
+def precise(x, y, squared):
+    """Distances in 80 bits, clamped to the type of `x`."""
+    a, b = x.numpy().astype(np.longdouble), y.numpy().astype(np.longdouble)
+    square = ((a[:, None] - b[None]) ** 2).sum(axis=2)
+    largest = torch.finfo(x.dtype).max
+    return torch.tensor(np.minimum(square if squared else np.sqrt(square), largest).astype(float))
+
+
+@pytest.mark.parametrize("points", FAR)
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("kind", ["float32", "float64", "float32 alone"])
+def test_a_far_point_does_not_spoil_close_ones(points, squared, kind):
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    x = torch.tensor(points, dtype=dtype)
+    y = x.flip(0)[:4].clone()
+    with NoDouble() if kind == "float32 alone" else contextlib.nullcontext():
+        own, other = (
+            pairwise_distances(x, squared=squared),
+            pairwise_distances(x, y, squared=squared),
+        )
+        grads = []
+        for i, j in ((2, 3), (4, 5), (3, 4)):  # the gradient of one distance by itself
+            a = x.clone().requires_grad_()
+            grads += torch.autograd.grad(pairwise_distances(a, squared=squared)[i, j], a)
+    tolerance = {"rtol": 1e-14 if kind == "float64" else 1e-6, "atol": torch.finfo(dtype).tiny}
+    torch.testing.assert_close(own.double(), precise(x, x, squared), **tolerance)
+    torch.testing.assert_close(other.double(), precise(x, y, squared), **tolerance)
+    for (i, j), grad in zip(((2, 3), (4, 5), (3, 4)), grads, strict=True):
+        expected = torch.zeros_like(x, dtype=torch.float64)
+        difference, length = x[i].double() - x[j].double(), precise(x, x, False)[i, j]
+        expected[i] = 2 * difference if squared else difference / (length if length else torch.inf)
+        expected[j] = -expected[i]
+        torch.testing.assert_close(grad.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-155, 1e155, 1e170, 1e300])
+def test_float64_beyond_the_range_of_squares(squared, scale):
+    x = torch.randn(6, 3, dtype=torch.float64) * scale
+    x[1] = x[0]
+    x[2] = x[0] * (1 + 1e-10)
+    got, tiny = pairwise_distances(x, squared=squared), torch.finfo(torch.float64).tiny
+    torch.testing.assert_close(got, precise(x, x, squared), rtol=1e-14, atol=tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_without_float64_as_good_as_with_it(dtype, squared, own):
+    x, y = torch.randn(20, 64) + 10, torch.randn(9, 64) + 10
+    x[3], x[4] = x[5], x[6] + 1e-4
+    weights = torch.randn(20, 20 if own else 9)
+    results = []
+    for mode, kind in ((NoDouble(), dtype), (contextlib.nullcontext(), torch.float64)):
+        leaves = [t.to(dtype).to(kind).requires_grad_() for t in ([x] if own else [x, y])]
+        with mode:
+            distances = pairwise_distances(*leaves, squared=squared)
+            results.append((distances, torch.autograd.grad((distances * weights).sum(), leaves)))
+    (got, grads), (expected, expected_grads) = results
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        rounding = max(torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(grad.double(), reference, rtol=rounding, atol=1e-4)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("close", [True, False])
+def test_autocast_changes_nothing(squared, close):
+    x, y = torch.randn(30, 8), torch.randn(20, 8)
+    if close:
+        x[0] = y[0] + 1e-6
+    for mode in (contextlib.nullcontext, NoDouble):
+        with mode():
+            results = []
+            for autocast in (False, True):
+                a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    distances = pairwise_distances(a, b, squared=squared)
+                    results.append([distances, *torch.autograd.grad(distances.sum(), (a, b))])
+            assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("twice", [True, False])
+def test_gradient_of_half_types_stays_within_their_range(dtype, squared, twice):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([[largest], [-largest], [largest / 2], [1.0]], dtype=dtype).requires_grad_()
+    distances = pairwise_distances(x, x if twice else None, squared=squared)
+    (grad,) = torch.autograd.grad(distances, x, torch.full_like(distances, 1e6))
+    assert torch.isfinite(grad).all()
+    assert grad[0, 0] == (largest if squared or dtype == torch.float16 else grad[0, 0])
+    assert (grad.flatten().sign() == torch.tensor([1, -1, 1, -1])).tolist()[:2] == [True, True]
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_on_a_device_of_its_own_without_float64(squared):
+    x, y = torch.randn(30, 5), torch.randn(7, 5)
+    with FakeDevice():
+        got = pairwise_distances(x.to(FAKE), y.to(FAKE), squared=squared)
+        assert got.device == FAKE
+        got = got.cpu()
+    torch.testing.assert_close(got, pairwise_distances(x, y, squared=squared), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_equals_the_cpu(device):
+    x = torch.randn(30, 5)
+    got = pairwise_distances(x.to(device))
+    assert got.device.type == device
+    torch.testing.assert_close(got.cpu(), pairwise_distances(x), rtol=1e-6, atol=0)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 
 import pytest
 import torch
+from devices import DEVICES, FAKE, FakeDevice, NoDouble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import losses as pml
@@ -33,7 +36,8 @@ def brute(x, labels, margin, squared=True, reduction="active", soft=False):
     same = labels[:, None] == labels[None]
     valid = (same & ~torch.eye(len(x), dtype=torch.bool))[:, :, None] & ~same[:, None, :]
     gaps = (d[:, :, None] - d[:, None, :] + margin)[valid]
-    losses = torch.nn.functional.softplus(gaps) if soft else gaps.clamp(min=0)
+    # At zero, the gradient of a clamp is 1 in some versions of torch.
+    losses = torch.nn.functional.softplus(gaps) if soft else gaps.relu()
     active = int((losses > 0).sum())
     number = {"active": active, "mean": len(gaps), "sum": 1}[reduction]
     return losses.sum() / max(number, 1), active
@@ -462,14 +466,174 @@ def test_errors_of_options():
         ContrastiveLoss(0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def ratio_loss(x, labels):
+    return DistanceRatioLoss()(x, x.roll(1, 0), x.roll(2, 0))
+
+
+def all_losses(margin=0.2):
+    """Every loss with every option, as functions of embeddings and labels."""
+    losses = {
+        f"{mining}-{soft=}-{squared=}": TripletLoss(margin, mining, squared=squared, soft=soft)
+        for mining in ("all", "hard", "semihard")
+        for soft in (True, False)
+        for squared in (True, False)
+    }
+    for reduction in ("mean", "sum"):
+        losses[reduction] = functools.partial(
+            batch_all_triplet_loss, margin=margin, reduction=reduction
+        )
+    return {**losses, "contrastive": ContrastiveLoss(max(margin, 1e-3)), "ratio": ratio_loss}
+
+
+every_loss = pytest.mark.parametrize("loss", all_losses().values(), ids=all_losses())
+
+
+def value_and_gradient(loss, x, labels):
+    x = x.detach().requires_grad_()
+    value = loss(x, labels)
+    (gradient,) = torch.autograd.grad(value, x)
+    return value.detach(), gradient
+
+
+def clusters(dtype=torch.float32):
+    """Points of five classes, some of them close, some the same, all far from the origin."""
+    labels = torch.arange(60) % 5
+    x = torch.randn(5, 16)[labels] + 0.5 * torch.randn(60, 16)
+    x[3], x[4] = x[8], x[9] + 1e-3
+    return (x + 10).to(dtype), labels
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_without_float64_as_good_as_with_it(loss, dtype):
+    x, labels = clusters(dtype)
+    with NoDouble():
+        value, gradient = value_and_gradient(loss, x, labels)
+    expected = value_and_gradient(loss, x.double(), labels)
+    # A gap, what is left of distances of about ten, is of their precision.
+    torch.testing.assert_close(value.double(), expected[0], rtol=1e-6, atol=1e-8)
+    assert gradient.dtype == dtype
+    limits, size = torch.finfo(dtype), expected[1].abs().max().item()
+    least = limits.smallest_normal * limits.eps
+    if loss is ratio_loss:  # autograd adds three gradients, each rounded
+        least = max(least, 2 * limits.eps * size)
+    torch.testing.assert_close(
+        gradient.double(), expected[1], rtol=max(limits.eps, 5e-6), atol=max(least, 1e-6 * size)
+    )
+
+
+@every_loss
+def test_on_a_device_of_its_own_without_float64(loss):
+    x, labels = clusters()
+    with NoDouble():
+        expected = value_and_gradient(loss, x, labels)
+    with FakeDevice():
+        got = value_and_gradient(loss, x.to(FAKE), labels)
+        assert all(t.device == FAKE for t in got)
+        got = [t.cpu() for t in got]
+    torch.testing.assert_close(got, list(expected), rtol=1e-6, atol=1e-7)
+
+
+@every_loss
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+def test_autocast_changes_nothing(loss, close, wide):
+    x, labels = clusters()
+    x = x if close else torch.randn(60, 16)
+    with contextlib.nullcontext() if wide else NoDouble():
+        expected = value_and_gradient(loss, x, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = value_and_gradient(loss, x, labels)
+    assert all(map(torch.equal, got, expected))
+
+
+def degenerate(draw):
+    """A batch that coincides, or overflows, or vanishes in part or as a whole."""
+    pick = lambda *choices: choices[int(torch.randint(0, len(choices), (), generator=draw))]  # noqa: E731
+    dtype = pick(torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    limits, n = torch.finfo(dtype), pick(0, 1, 2, 3, 6, 17)
+    x = torch.randn(n, pick(1, 2, 5), generator=draw, dtype=torch.float64).clamp(-1, 1)
+    x *= pick(0.0, limits.tiny, limits.tiny**0.5, 1.0, limits.max**0.5, limits.max / 4, limits.max)
+    if n and pick(True, False):
+        x[: n // 2] = x[0].clone()
+    if n and pick(True, False):
+        x[0], x[-1] = limits.max, pick(-limits.max, 0.0)
+    labels = torch.randint(0, pick(1, 2, 4, 30), (n,), generator=draw)
+    return x.to(dtype), labels, pick(0.0, 0.2, 1e4, 1e38, 1.7e308)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_finite_for_degenerate_batches(seed):
+    x, labels, margin = degenerate(torch.Generator().manual_seed(seed))
+    for name, loss in all_losses(margin).items():
+        for mode in (contextlib.nullcontext(), NoDouble()):
+            if x.dtype == torch.float64 and isinstance(mode, NoDouble):
+                continue
+            with mode:
+                value, gradient = value_and_gradient(loss, x, labels)
+            assert torch.isfinite(value), name
+            assert torch.isfinite(gradient).all(), name
+
+
+def longest(dtype):
+    """Six points in a line, so long that the sum of its squares overflows, and their mean not."""
+    x = torch.tensor([0.0, 3.0, 1.0, 4.0, 2.0, 3.5], dtype=dtype)[:, None]
+    power = {torch.float32: 61, torch.float64: 509}[dtype]
+    return x, power, torch.tensor([0, 0, 0, 1, 1, 1])
+
+
 @pytest.mark.parametrize("mining", ["all", "hard", "semihard"])
-def test_cuda_equals_cpu(mining):
-    x, labels = torch.randn(300, 16), torch.arange(300) % 7
-    values = []
-    for device in ("cpu", "cuda"):
-        a = x.to(device).requires_grad_()
-        loss = TripletLoss(mining=mining)(a, labels)
-        loss.backward()
-        values.append((loss.cpu().detach(), a.grad.cpu()))
-    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mean_within_range_of_losses_at_its_end(mining, squared, dtype):
+    """On a scale of powers of two, value and gradient are exactly so much larger."""
+    x, power, labels = longest(dtype)
+    power = power if squared else 2 * power
+    degree = 2 if squared else 1
+    loss = TripletLoss(0.0, mining, squared=squared)
+    expected = value_and_gradient(loss, x, labels)
+    for mode in (contextlib.nullcontext(), NoDouble()):
+        if dtype == torch.float64 and isinstance(mode, NoDouble):
+            continue
+        with mode:
+            value, gradient = value_and_gradient(loss, x * 2.0**power, labels)
+        torch.testing.assert_close(value / 2.0 ** (power * degree), expected[0])
+        torch.testing.assert_close(gradient / 2.0 ** (power * (degree - 1)), expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [False, True])
+def test_contrastive_of_distances_at_its_end(dtype, far):
+    """Of one class the loss is homogeneous; beyond the range it is clamped, its gradient not."""
+    x, power, _ = longest(dtype)
+    labels = torch.zeros(6, dtype=torch.long)
+    value, gradient = value_and_gradient(ContrastiveLoss(), x, labels)
+    power += 5 if far else 0
+    got, got_gradient = value_and_gradient(ContrastiveLoss(), x * 2.0**power, labels)
+    if far:
+        assert got == torch.finfo(dtype).max
+    else:
+        torch.testing.assert_close(got / 2.0 ** (2 * power), value)
+    torch.testing.assert_close(got_gradient / 2.0**power, gradient)
+
+
+@pytest.mark.parametrize("mining", ["all", "hard", "semihard"])
+@pytest.mark.parametrize("squared", [True, False])
+def test_a_tie_has_no_loss_and_no_gradient(mining, squared):
+    """Anchor 0 has a loss; anchor 2 has its positive and its negative at one distance."""
+    x = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    labels = torch.tensor([0, 1, 0])
+    value, gradient = value_and_gradient(TripletLoss(0.0, mining, squared=squared), x, labels)
+    slope = (2.0 if squared else 1.0) * (1.0 if mining == "all" else 0.5)
+    assert value == (1.0 if mining == "all" else 0.5)
+    assert torch.equal(gradient, torch.tensor([[0, 0, -slope], [0, 0, 0], [0, 0, slope]]))
+
+
+@every_loss
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_equals_the_cpu(loss, device):
+    x, labels = clusters()
+    got = value_and_gradient(loss, x.to(device), labels)
+    assert got[0].device.type == got[1].device.type == device
+    expected = value_and_gradient(loss, x, labels)
+    torch.testing.assert_close([t.cpu() for t in got], list(expected), rtol=1e-5, atol=1e-6)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,31 @@ def test_zeros_stay_zeros():
     assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
+def newton_schulz(matrix):
+    """The iteration by another way: its polynomial, taken of each singular value by itself."""
+    u, values, vt = np.linalg.svd(matrix, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return (u * values) @ vt
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (1, 9)])
+def test_muon_is_nesterov_momentum_made_orthogonal(shape):
+    start, gradients = torch.randn(shape).double(), torch.randn(4, *shape).double()
+    weight = nn.Parameter(start.clone())
+    muon = Muon([weight], lr=0.1, momentum=0.8)
+    expected = start.numpy().copy()
+    for now in range(len(gradients)):
+        weight.grad = gradients[now].clone()
+        muon.step()
+        past = gradients[: now + 1].numpy()
+        mean = sum(0.2 * 0.8 ** (now - then) * past[then] for then in range(now + 1))
+        expected -= 0.1 * newton_schulz(0.2 * past[now] + 0.8 * mean)
+        torch.testing.assert_close(weight.detach(), torch.from_numpy(expected))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has had Muon since 2.9")
 def test_muon_does_what_torch_does_with_matrices():
     start, gradients = torch.randn(6, 10), torch.randn(4, 6, 10)
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))

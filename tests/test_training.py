@@ -1,12 +1,17 @@
 import copy
-import functools
+import random
 
 import numpy as np
+import problems
 import pytest
 import torch
+from devices import DEVICES, FAKE, FakeDevice, NoDouble
+from problems import IMAGES, LABELS, SmallNet, fitted, same_weights
 from pytorch_metric_learning import losses as pml_losses
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
+import tripletlib.checkpoints
 import tripletlib.training
 from tripletlib import (
     BalancedBatchSampler,
@@ -17,46 +22,7 @@ from tripletlib import (
     embed,
     fit,
     jitter,
-    load_or_fit,
 )
-
-
-class SmallNet(nn.Sequential):
-    """A network that has what makes training hard to repeat: batch statistics and dropout."""
-
-    def __init__(self, inputs=6):
-        super().__init__(
-            nn.Flatten(),
-            nn.Linear(inputs, 8),
-            nn.BatchNorm1d(8),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-            nn.Linear(8, 3),
-        )
-
-
-def problem(count=100, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(4, (count,), generator=generator)
-    centres = 2 * torch.randn(4, 1, 2, 3, generator=generator)
-    return centres[labels] + torch.randn(count, 1, 2, 3, generator=generator), labels
-
-
-IMAGES, LABELS = problem()
-
-
-def fitted(network=None, images=IMAGES, labels=LABELS, **options):
-    if network is None:
-        torch.manual_seed(5)
-        network = SmallNet()
-    options = {"batch_size": 16, "seed": 1, "progress": False, "augment": False} | options
-    history = fit(network, images, labels, **options)
-    return network, history
-
-
-def same_weights(first, second):
-    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
-    return all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
 
 
 def test_training_lowers_the_loss_and_leaves_the_network_ready_to_use():
@@ -156,177 +122,6 @@ def test_without_a_seed_runs_differ_but_follow_the_global_one():
 
     assert same_weights(run(1), run(1))
     assert not same_weights(run(1), run(2))
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step):
-    def callback(history):
-        if len(history) == step:
-            raise Stop
-
-    return callback
-
-
-def test_a_broken_run_resumes_to_the_same_weights(tmp_path):
-    path = tmp_path / "folder" / "run.pt"
-    whole, whole_history = fitted(epochs=3)
-    with pytest.raises(Stop):
-        fitted(epochs=3, checkpoint=path, callback=stop_at(10))
-    steps = []
-    torch.manual_seed(77)  # a new process starts from other weights
-    resumed, history = fitted(
-        SmallNet(), epochs=3, checkpoint=path, callback=lambda history: steps.append(len(history))
-    )
-    assert steps == list(range(8, 22))
-    assert same_weights(resumed, whole)
-    assert history["loss"].tolist() == whole_history["loss"].tolist()
-    assert (np.diff(history["seconds"]) > 0).all()
-    assert [file.name for file in path.parent.iterdir()] == ["run.pt"]
-    again, same_history = fitted(SmallNet(), epochs=3, checkpoint=path, callback=stop_at(1))
-    assert same_weights(again, whole)
-    assert same_history.rows == history.rows
-
-
-def test_a_finished_checkpoint_is_just_loaded(tmp_path):
-    path = tmp_path / "run.pt"
-    trained, history = fitted(checkpoint=path)
-    again, same_history = fitted(SmallNet(), checkpoint=path, callback=stop_at(1))
-    assert same_weights(trained, again)
-    assert same_history.rows == history.rows
-    assert not again.training
-    torch.load(path, weights_only=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"images": IMAGES + 1}, "data"),
-        ({"labels": LABELS.flip(0)}, "data"),
-        ({"epochs": 3}, "settings"),
-        ({"learning_rate": 1e-4}, "settings"),
-        ({"loss": TripletLoss(margin=0.5)}, "settings"),
-        ({"augment": torch.neg}, "settings"),
-        ({"network": nn.Sequential(nn.Flatten(), nn.Linear(6, 3))}, "network"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, part):
-    path = tmp_path / "run.pt"
-    fitted(checkpoint=path)
-    content = path.read_bytes()
-    with pytest.raises(ValueError, match=f"run.pt was made with other {part}: delete it"):
-        fitted(checkpoint=path, **change)
-    assert path.read_bytes() == content
-
-
-def test_a_checkpoint_of_other_code_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    fitted(checkpoint=path)
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    with pytest.raises(ValueError, match="made with other code"):
-        fitted(checkpoint=path)
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", "half", {"epoch": 1}])
-def test_a_damaged_checkpoint_is_named(tmp_path, content):
-    path = tmp_path / "run.pt"
-    fitted(checkpoint=path)
-    if content == "half":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif isinstance(content, dict):
-        torch.save(content, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"run.pt is damaged or not a checkpoint"):
-        fitted(checkpoint=path)
-
-
-def test_a_checkpoint_that_cannot_be_written_is_found_out_before_training(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
-        fitted(checkpoint=tmp_path / "file" / "run.pt", callback=stop_at(1))
-
-
-def test_a_killed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    with pytest.raises(Stop):
-        fitted(epochs=3, checkpoint=path, callback=stop_at(8))
-    content = path.read_bytes()
-
-    def half(state, stream):
-        stream.write(b"half")
-        raise Stop
-
-    monkeypatch.setattr(tripletlib.training.torch, "save", half)
-    with pytest.raises(Stop):
-        fitted(epochs=3, checkpoint=path)
-    assert path.read_bytes() == content
-    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
-
-
-def test_a_folder_keeps_runs_from_other_weights_apart(tmp_path):
-    first, _ = fitted(checkpoint=tmp_path)
-    torch.manual_seed(6)
-    second, _ = fitted(SmallNet(), checkpoint=tmp_path)
-    again, _ = fitted(checkpoint=tmp_path, callback=stop_at(1))
-    assert len(list(tmp_path.iterdir())) == 2
-    assert same_weights(first, again)
-    assert not same_weights(first, second)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRIPLETLIB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "networks"
-
-
-options = {"batch_size": 16, "progress": False, "augment": False}
-
-
-def test_load_or_fit_trains_once(cache):
-    first, history = load_or_fit(SmallNet, IMAGES, LABELS, **options)
-    torch.manual_seed(123)
-    second, same = load_or_fit(SmallNet, IMAGES, LABELS, callback=stop_at(1), **options)
-    assert same_weights(first, second)
-    assert same.rows == history.rows
-    assert len(list(cache.iterdir())) == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"images": IMAGES + 1},
-        {"epochs": 1},
-        {"make_network": functools.partial(nn.Sequential, nn.Flatten(), nn.Linear(6, 2))},
-    ],
-)
-def test_load_or_fit_trains_anew_what_differs(cache, change):
-    arguments = {"make_network": SmallNet, "images": IMAGES, "labels": LABELS}
-    load_or_fit(**arguments, **options)
-    with pytest.raises(Stop):
-        load_or_fit(**(arguments | change), callback=stop_at(1), **options)
-
-
-def test_load_or_fit_trains_anew_when_told(cache):
-    first, _ = load_or_fit(SmallNet, IMAGES, LABELS, **options)
-    with pytest.raises(Stop):
-        load_or_fit(SmallNet, IMAGES, LABELS, retrain=True, callback=stop_at(1), **options)
-    again, _ = load_or_fit(SmallNet, IMAGES, LABELS, retrain=True, **options)
-    assert same_weights(first, again)
-    assert len(list(cache.iterdir())) == 1
-
-
-def test_load_or_fit_without_a_cache_warns_and_trains(tmp_path, monkeypatch):
-    expected, _ = load_or_fit(SmallNet, IMAGES, LABELS, **options)
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("TRIPLETLIB_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="TRIPLETLIB_CACHE") as caught:
-        network, _ = load_or_fit(SmallNet, IMAGES, LABELS, **options)
-    assert caught[0].filename == __file__
-    assert same_weights(network, expected)
 
 
 def test_augment_changes_what_the_network_sees_and_follows_the_seed():
@@ -475,3 +270,309 @@ def test_embed_leaves_the_mode_as_it_was_even_if_it_fails():
 def test_embed_refuses_bad_arguments(images, batch_size, error, message):
     with pytest.raises(error, match=message):
         embed(EmbeddingNet(), images, batch_size)
+
+
+class Margin(nn.Module):
+    def __init__(self, margin, squared=True):
+        super().__init__()
+        self.margin, self.squared = margin, squared
+
+    def forward(self, embeddings, labels):
+        return TripletLoss(0.5)(embeddings, labels)
+
+
+@pytest.mark.parametrize(
+    ("margin", "used"),
+    [
+        (None, 0.2),
+        ("soft", 0.2),
+        (-0.1, 0.2),
+        (float("nan"), 0.2),
+        (float("inf"), 0.2),
+        (True, 0.2),
+        (torch.tensor([0.1, 0.2]), 0.2),
+        (torch.tensor(-1.0), 0.2),
+        (len, 0.2),
+        (0, 0.0),
+        (np.float32(0.5), 0.5),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([0.5]), 0.5),
+        (nn.Parameter(torch.tensor(0.5)), 0.5),
+    ],
+)
+def test_a_margin_of_any_kind_trains(margin, used):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    before = describe_triplets(embed(network, IMAGES), LABELS, used)
+    _, history = fitted(network, loss=Margin(margin), batch_size=100, epochs=1)
+    assert history["active"][0] == pytest.approx(before.active, rel=1e-4)
+
+
+def test_a_loss_whose_squared_is_no_truth_value_is_described_in_squared_distance():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    before = describe_triplets(embed(network, IMAGES), LABELS, 0.2)
+    _, history = fitted(network, loss=Margin(0.2, squared="no"), batch_size=100, epochs=1)
+    assert history["positive_distance"][0] == pytest.approx(before.positive_distance, rel=1e-4)
+
+
+PML = {
+    "ContrastiveLoss": {},
+    "TripletMarginLoss": {},
+    "MultiSimilarityLoss": {},
+    "NTXentLoss": {},
+    "CircleLoss": {},
+    "ArcFaceLoss": {"num_classes": 4, "embedding_size": 3},
+    "ProxyNCALoss": {"num_classes": 4, "embedding_size": 3},
+    "SoftTripleLoss": {"num_classes": 4, "embedding_size": 3},
+    "MarginLoss": {},
+}
+
+
+@pytest.mark.parametrize("name", PML)
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8])
+def test_losses_of_pytorch_metric_learning_train_with_labels_of_any_integer_type(name, kind):
+    _, history = fitted(loss=getattr(pml_losses, name)(**PML[name]), labels=LABELS.to(kind))
+    assert np.isfinite(history["loss"]).all()
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8])
+def test_losses_of_torch_train(kind):
+    labels = (LABELS % 3).to(kind)
+    for loss in (nn.CrossEntropyLoss(), nn.MultiMarginLoss(), nn.functional.cross_entropy):
+        _, history = fitted(loss=loss, labels=labels, epochs=10)
+        assert history["loss"][-7:].mean() < history["loss"][:7].mean()
+
+
+def test_a_loss_may_give_a_bare_zero_for_a_batch_that_holds_nothing():
+    def loss(embeddings, labels):
+        return TripletLoss()(embeddings, labels) if len(labels) > 10 else torch.tensor(0.0)
+
+    _, history = fitted(loss=loss)
+    assert history["loss"][6] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(lambda z: z.sum(dim=1), r"\(16,\)"), (lambda z: {"loss": z}, "dict")]
+)
+def test_a_loss_that_is_no_number_is_refused(value, got):
+    with pytest.raises(TypeError, match=f"loss must return a tensor of one number, got {got}"):
+        fitted(loss=lambda embeddings, _: value(embeddings))
+
+
+def images_of(count=32):
+    torch.manual_seed(0)
+    return torch.randn(count, 1, 10, 10), torch.arange(count) % 4
+
+
+def convolutions(wrap):
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        wrap(nn.Conv2d(4, 4, 3)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+WRAPS = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": lambda layer: parametrizations.orthogonal(layer),
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "depthwise": lambda layer: nn.Conv2d(4, 4, 3, groups=4),
+    "transposed": lambda layer: nn.ConvTranspose2d(4, 4, 3),
+    "lazy": lambda layer: nn.LazyConv2d(4, 3),
+    "none": lambda layer: layer,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_convolution_of_any_kind_trains(wrap):
+    torch.manual_seed(0)
+    network = convolutions(wrap)
+    images, labels = images_of()
+    fit(network, images, labels, epochs=1, progress=False)  # gives lazy weights their values
+    before = copy.deepcopy(network.state_dict())
+    fit(network, images, labels, epochs=4, progress=False, seed=1)
+    moved = {name: not torch.equal(w, before[name]) for name, w in network.state_dict().items()}
+    assert all(moved[name] for name, _ in network.named_parameters())
+
+
+def test_a_pruned_weight_stays_zero():
+    network = convolutions(lambda layer: prune.l1_unstructured(layer, "weight", 0.3))
+    mask = network[2].weight_mask.clone()
+    fit(network, *images_of(), progress=False)
+    assert torch.equal(network[2].weight_mask, mask)
+    assert (network[2].weight[mask == 0] == 0).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_kernel_that_two_layers_share_is_stepped_once():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    network[2].weight = network[1].weight
+    network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    before = network[1].weight.detach().clone()
+    images, labels = images_of()
+    history = fit(network, images, labels, epochs=1, progress=False, augment=False)
+    # Muon's update has singular values of about its rate, in one step of the rate at its start.
+    step = torch.linalg.matrix_norm((network[1].weight - before).flatten(1), 2)
+    assert len(history) == 1
+    assert step < 1.3 * 12.5 * history["learning_rate"][0]
+    assert network[2].weight is network[1].weight
+
+
+def test_frozen_parts_stay_as_they_were_whichever_way_they_are_frozen():
+    def backbone():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+
+    for freeze in (
+        lambda part: part.requires_grad_(False),
+        lambda part: part.requires_grad_(False).eval(),
+    ):
+        frozen = freeze(backbone())
+        before = copy.deepcopy(frozen.state_dict())
+        network = nn.Sequential(frozen, nn.Linear(8, 3), nn.BatchNorm1d(3))
+        seen = []
+        frozen[3].register_forward_hook(lambda module, *_, seen=seen: seen.append(module.training))
+        for _ in range(2):  # the second time from evaluation mode, in which training ends
+            fitted(network)
+        assert all(torch.equal(w, before[name]) for name, w in frozen.state_dict().items())
+        assert not any(seen)
+        assert network[2].num_batches_tracked == 2 * 14
+    # A trainable part in evaluation mode keeps its running means, but its weights move.
+    network = nn.Sequential(backbone(), nn.Linear(8, 3))
+    network[0][2].eval()
+    before = copy.deepcopy(network.state_dict())
+    fitted(network)
+    assert torch.equal(network[0][2].running_mean, before["0.2.running_mean"])
+    assert not torch.equal(network[0][2].weight, before["0.2.weight"])
+
+
+def test_the_loss_alone_may_be_trained():
+    network = SmallNet().requires_grad_(False)
+    loss = pml_losses.ProxyAnchorLoss(num_classes=4, embedding_size=3)
+    before = loss.proxies.detach().clone()
+    fitted(network, loss=loss)
+    assert not torch.equal(loss.proxies, before)
+    with pytest.raises(ValueError, match="network must have a parameter that requires a gradient"):
+        fitted(network)
+
+
+BATCHES = {
+    "tuples": tuple,
+    "lists": list,
+    "ranges": lambda batch: range(batch[0], batch[-1] + 1),
+    "arrays": np.array,
+    "short arrays": lambda batch: np.array(batch, dtype=np.int16),
+    "tensors": torch.tensor,
+    "short tensors": lambda batch: torch.tensor(batch, dtype=torch.int32),
+    "lists of tensors": lambda batch: list(torch.tensor(batch)),
+    "negative": lambda batch: [place - len(LABELS) for place in batch],
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES.values(), ids=BATCHES)
+def test_batches_may_be_any_sequence_of_places(kind):
+    batches = [list(range(start, start + 20)) for start in range(0, 100, 20)]
+    expected, _ = fitted(batch_sampler=batches)
+    network, _ = fitted(batch_sampler=[kind(batch) for batch in batches])
+    assert same_weights(network, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ([0, 100], ValueError, "places in the 100 images, got 100"),
+        ([0, -101], ValueError, "places in the 100 images, got -101"),
+        ([], TypeError, r"sequences of places in images, got \[\]"),
+        ([[0, 1]], TypeError, "sequences of places"),
+        (["a"], TypeError, "sequences of places"),
+        (3, TypeError, "sequences of places in images, got 3"),
+        ([0.5, 1.5], TypeError, "sequences of places"),
+        (np.arange(100) < 9, TypeError, "sequences of places"),
+    ],
+)
+def test_batches_of_anything_else_are_refused(batch, error, message):
+    with pytest.raises(error, match=message):
+        fitted(batch_sampler=[batch])
+
+
+def test_a_sampler_that_gives_more_than_it_says_or_nothing_is_refused():
+    class Long(list):
+        def __len__(self):
+            return 1
+
+    with pytest.raises(ValueError, match="batch_sampler gave more batches than its length"):
+        fitted(batch_sampler=Long([[0, 1], [2, 3], [4, 5]]))
+    with pytest.raises(ValueError, match="batch_sampler must have at least one batch"):
+        fitted(batch_sampler=[])
+
+
+@pytest.mark.parametrize("labels", [torch.arange(100), torch.zeros(100, dtype=torch.int64)])
+def test_labels_without_a_single_triplet_are_told(labels):
+    with pytest.warns(UserWarning, match="labels hold no triplet") as caught:
+        fitted(labels=labels)
+    assert [warning.filename for warning in caught] == [problems.__file__]
+
+
+def test_a_network_that_gives_not_one_row_an_image_is_refused():
+    with pytest.raises(ValueError, match=r"labels must have shape \(32,\), .* of embeddings"):
+        fitted(nn.Sequential(nn.Flatten(), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1), SmallNet(3)))
+
+
+def test_the_random_states_of_numpy_and_python_follow_the_seed_and_stay_as_they_were():
+    def augment(images):
+        return images * (1 + np.random.rand() + random.random())  # noqa: NPY002
+
+    state = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    first, _ = fitted(augment=augment)
+    second, _ = fitted(augment=augment)
+    assert same_weights(first, second)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state  # noqa: NPY002
+
+
+def test_autocast_around_training_and_embedding_changes_nothing():
+    images, labels = images_of(64)
+    expected = convolutions(nn.Identity)
+    network = copy.deepcopy(expected)
+    options = {"seed": 0, "progress": False, "batch_size": 16}
+    history = fit(expected, images, labels, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        same = fit(network, images, labels, **options)
+        rows = embed(network, images)
+    assert same_weights(network, expected)
+    assert same["loss"].tolist() == history["loss"].tolist()
+    assert torch.equal(rows, embed(expected, images))
+
+
+def test_training_needs_no_float64():
+    with NoDouble():
+        _, history = fitted()
+    _, wide = fitted()
+    assert history["loss"] == pytest.approx(wide["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mining", ["all", "semihard", "hard"])
+def test_training_on_any_device(device, mining):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    _, expected = fitted(copy.deepcopy(network), loss=TripletLoss(mining=mining))
+    network, history = fitted(network.to(device), loss=TripletLoss(mining=mining))
+    assert history["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert embed(network, IMAGES.to(device)).device.type == "cpu"
+
+
+def test_training_on_a_device_without_float64_or_numpy():
+    with FakeDevice():
+        network = SmallNet()
+        for module in network.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    elsewhere = tensor.detach().to(FAKE)
+                    trained = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(elsewhere) if trained else elsewhere
+        _, history = fitted(network, epochs=5, learning_rate=0.02)
+        rows = embed(network, IMAGES)
+    assert history["loss"][-7:].mean() < history["loss"][:7].mean()
+    assert rows.device.type == "cpu"

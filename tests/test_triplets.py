@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from devices import FAKE, FakeDevice, NoDouble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_triplets_indices
@@ -162,3 +165,66 @@ def test_errors(call):
 def test_unknown_kind():
     with pytest.raises(ValueError, match=r"kind must be one of 'all', .* got 'hardest'"):
         mine_triplets(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), "hardest")
+
+
+def described(x, labels, squared):
+    return dataclasses.asdict(describe_triplets(x, labels, squared=squared))
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_without_float64_as_good_as_with_it(squared):
+    x, labels = torch.randn(90, 8) + 10, torch.arange(90) % 7
+    expected = described(x, labels, squared)
+    with NoDouble():
+        alone = described(x, labels, squared)
+        mined = mine_triplets(x, labels, "hard", squared=squared)
+    with FakeDevice():
+        elsewhere = described(x.to(FAKE), labels, squared)
+        mined_elsewhere = [
+            t.cpu() for t in mine_triplets(x.to(FAKE), labels, "hard", squared=squared)
+        ]
+    assert alone == pytest.approx(expected, rel=1e-6)
+    assert elsewhere == pytest.approx(alone, rel=1e-6)
+    assert all(map(torch.equal, mined, mined_elsewhere))
+    # A rounding may let a tie, or what is nearly one, fall the other way.
+    differ = as_set(mined) ^ as_set(mine_triplets(x, labels, "hard", squared=squared))
+    assert len(differ) <= 2 < len(mined[0])
+
+
+@pytest.mark.parametrize("kind", ["all", "random", "hard", "semihard", "easy"])
+def test_autocast_changes_nothing(kind):
+    x, labels = torch.randn(60, 8), torch.arange(60) % 7
+    results = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append((describe_triplets(x, labels), *mine_triplets(x, labels, kind)))
+    assert results[0][0] == results[1][0]
+    assert all(map(torch.equal, results[0][1:], results[1][1:]))
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_means_over_nothing_are_exactly_zero(squared, dtype):
+    x = torch.randn(40, 3, dtype=dtype)
+    one = describe_triplets(x, torch.zeros(40, dtype=torch.long), squared=squared)
+    assert (one.triplets, one.negative_distance) == (0, 0.0)
+    assert one.positive_distance > 0
+    none = describe_triplets(x, torch.arange(40), squared=squared)
+    assert (none.triplets, none.positive_distance) == (0, 0.0)
+    assert none.negative_distance == pytest.approx(one.positive_distance)
+
+
+def test_spread_of_points_that_coincide_is_exactly_zero():
+    for x in (torch.full((30, 3), 0.1), torch.full((30, 3), 1e300, dtype=torch.float64)):
+        assert describe_triplets(x, torch.arange(30) % 2).spread == 0.0
+
+
+@pytest.mark.parametrize(("dtype", "power"), [(torch.float32, 120), (torch.float64, 1010)])
+def test_description_at_the_end_of_the_range(dtype, power):
+    """On a scale of powers of two, means are so much larger, though their sums would overflow."""
+    x, labels = torch.rand(30, 2, dtype=dtype), torch.arange(30) % 3
+    small, large = (describe_triplets(x * 2.0**p, labels, 0.0, squared=False) for p in (0, power))
+    for name in ("positive_distance", "negative_distance", "spread"):
+        assert getattr(large, name) / 2.0**power == pytest.approx(getattr(small, name), rel=1e-6)
+    assert (large.active, large.hard) == (small.active, small.hard)

@@ -8,6 +8,7 @@ import pytest
 import sklearn.datasets
 import torch
 import torch.nn.functional as F
+from devices import DEVICES, FAKE, FakeDevice
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta, norm
@@ -477,3 +478,40 @@ def test_the_chain_of_the_chapter_runs_on_what_looks_like_the_faces(olivetti_fol
     report = verification_report(*pair_distances(network(images[~seen]), labels[~seen]))
     assert (report.same_pairs, report.different_pairs) == (450, 4500)
     assert report.auc > 0.9
+
+
+def test_the_threshold_accepts_exactly_the_pairs_that_the_rate_allows():
+    for pairs in (*range(1, 60), 93, 160, 200, 1000):
+        report = verification_report(np.arange(1.0 + pairs), np.array([True] + [False] * pairs))
+        for accepted in range(0, pairs + 1, max(1, pairs // 60)):
+            exact = accepted / pairs
+            for far in (np.nextafter(exact, 0), exact, np.nextafter(exact, 1)):
+                allowed = max(k for k in range(pairs + 1) if k / pairs <= far)
+                threshold = report.threshold_at_far(float(far))
+                assert (report.different_distances <= threshold).sum() == allowed
+                assert report.at(threshold).false_accept_rate <= far
+
+
+@pytest.mark.parametrize("device", [*DEVICES, FAKE])
+@pytest.mark.parametrize("count", [None, 40])
+def test_pairs_and_their_report_on_any_device(device, count):
+    embeddings, labels = points(30)
+
+    def drawn(embeddings, labels):
+        return pair_distances(embeddings, labels, count, torch.Generator().manual_seed(1))
+
+    right = drawn(embeddings, labels)
+    with FakeDevice():
+        for distances, same in (
+            drawn(embeddings.to(device), labels.to(device)),
+            drawn(embeddings.to(device), labels),
+            drawn(embeddings, labels.to(device)),
+        ):
+            assert distances.device == same.device
+            assert same.tolist() == right[1].tolist()
+            np.testing.assert_allclose(distances.tolist(), right[0].tolist(), rtol=1e-6)
+            assert verification_report(distances, same.cpu()).auc == pytest.approx(
+                verification_report(*right).auc
+            )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, drawn(embeddings, labels), right))

@@ -4,32 +4,28 @@ The chapters in ``notebooks/`` derive what this package holds; import it to use 
 """
 
 from tripletlib.augmentation import jitter
-from tripletlib.data import (
-    BalancedBatchSampler,
-    draw_triplets,
-    load_fashion_mnist,
-    load_mnist,
-    load_olivetti,
-)
+from tripletlib.data import load_fashion_mnist, load_image, load_mnist, load_olivetti
 from tripletlib.distances import pairwise_distances
 from tripletlib.estimator import TripletEmbedder
-from tripletlib.evaluation import (
-    KNNClassifier,
-    Score,
-    knn_accuracy,
-    mean_average_precision_at_r,
-    r_precision,
-    recall_at_k,
-)
 from tripletlib.losses import (
     ContrastiveLoss,
     DistanceRatioLoss,
     TripletLoss,
     batch_all_triplet_loss,
 )
+from tripletlib.neighbours import KNNClassifier
 from tripletlib.networks import EmbeddingNet, HofferAilonNet, TripletNet
-from tripletlib.search import SearchIndex, load_image
-from tripletlib.training import History, embed, fit, load_or_fit
+from tripletlib.runs import load_or_fit
+from tripletlib.sampling import BalancedBatchSampler, draw_triplets
+from tripletlib.scores import (
+    Score,
+    knn_accuracy,
+    mean_average_precision_at_r,
+    r_precision,
+    recall_at_k,
+)
+from tripletlib.search import SearchIndex
+from tripletlib.training import History, embed, fit
 from tripletlib.triplets import describe_triplets, mine_triplets
 from tripletlib.verification import VerificationReport, pair_distances, verification_report
 

@@ -16,14 +16,23 @@ def optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Give the optimisers that together train a network, and the loss if it has parameters.
 
-    The first convolution sees pixels, not features, and is left to AdamW.
+    The first convolution sees pixels, not features, and is left to AdamW. So are the parameters of
+    which a layer makes its kernel (weight norm, spectral norm, pruning).
     """
-    kernels = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d)][1:]
-    trained = [*network.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
-    rest = [weight for weight in trained if not any(weight is kernel for kernel in kernels)]
+    parts = [network, *([loss] if isinstance(loss, nn.Module) else [])]
+    trained = {id(weight): weight for part in parts for weight in part.parameters()}
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    first, *kernels = [layer._parameters.get("weight") for layer in layers] or [None]
+    orthogonal = {
+        id(kernel): kernel
+        for kernel in kernels
+        if kernel is not None and kernel is not first and kernel.requires_grad
+    }
+    rest = [weight for place, weight in trained.items() if place not in orthogonal]
     adamw = torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.99), weight_decay=0.02)
-    kernels = [kernel for kernel in kernels if kernel.requires_grad]
-    return [adamw, Muon(kernels, _MUON_OVER_ADAMW * learning_rate)] if kernels else [adamw]
+    if not orthogonal:
+        return [adamw]
+    return [adamw, Muon(orthogonal.values(), _MUON_OVER_ADAMW * learning_rate)]
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,8 +1,10 @@
-"""The checks that every public function makes of its arguments, each with one wording."""
+"""The checks that public functions make of their arguments, each with one wording; warnings."""
 
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
 
@@ -68,3 +70,11 @@ def check_count(value: int, name: str, *, low: int = 1) -> None:
     """Refuse anything but a whole number of at least `low`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+
+def warn(message: str) -> None:
+    """Warn, with the line outside this package that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "tripletlib":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tripletlib._precision import no_autocast
 from tripletlib._validation import check_images
 
 _DEGREES, _PIXELS, _STRETCH = 15.0, 2.0, 0.15
@@ -50,5 +51,6 @@ def jitter(images: Tensor) -> Tensor:
         torch.stack([stretch_x * angle.cos(), -stretch_y * angle.sin() * aspect, move_x], dim=1),
         torch.stack([stretch_x * angle.sin() / aspect, stretch_y * angle.cos(), move_y], dim=1),
     ]
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    with no_autocast(images.device):
+        grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from tripletlib._precision import at_least_float32, power_of_two, widest, within
 from tripletlib._validation import check_points
 
 # Below this ratio of squared distance to squared norm, float64 inner products no longer give a
@@ -60,37 +62,36 @@ def pairwise_distances(x: Tensor, y: Tensor | None = None, *, squared: bool = Fa
 
 def distances_of(x: Tensor, y: Tensor | None = None, *, squared: bool = False) -> Tensor:
     """`pairwise_distances` of arguments that were checked before."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x, y = x.float(), None if y is None else y.float()
-    if x.dtype == torch.float32 and x.shape[0] and (y is None or y.shape[0]):
-        by_product = _by_product(x.detach(), None if y is None else y.detach(), squared)
-        if by_product is not None:
-            return _Distances.apply(x, x if y is None else y, [by_product], squared)
-    if x.dtype == torch.float64 and squared:
-        other = x if y is None else y
-        return _Distances.apply(x, other, [_squares(x.detach(), other.detach())], True)
-    return _by_difference(x, y, squared)
+    own = y is None or y is x
+    x = at_least_float32(x)
+    y = x if own else at_least_float32(y)
+    a, b, wide = x.detach(), y.detach(), widest(x.device)
+    if x.dtype != wide:
+        known = _by_product(a, b, own, squared) if len(a) and len(b) else None
+        if known is None:
+            return _by_cdist(x, y, squared)
+        return _Distances.apply(x, y, [known], squared, True)
+    if wide == torch.float64 and not squared and not _extreme(a, b):
+        return _by_cdist(x, y, squared)
+    known = _by_difference(a, b, own, squared)
+    by_product = wide == torch.float64 and not _any_close(known, squared)
+    return _Distances.apply(x, y, [known], squared, by_product)
 
 
 def norm_of_rows(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Euclidean distance, in float64, between the matching rows of each pair of matrices."""
-    scale = _size(*(t for pair in pairs for t in pair))
-    ceiling = torch.finfo(torch.float64).max / 4
-    return [
-        torch.linalg.vector_norm(a.double() / scale - b.double() / scale, dim=1)
-        .mul(scale)
-        .clamp(max=ceiling)
-        for a, b in pairs
-    ]
+    """Euclidean distance, in the widest type, between the matching rows of each pair of matrices.
 
-
-def _size(*tensors: Tensor) -> Tensor:
-    """Find the power of two below the largest coordinate, by which to divide before squaring."""
-    sizes = [t.detach().abs().max().double() for t in tensors if t.numel()]
-    if not sizes:
-        return tensors[0].new_ones((), dtype=torch.float64)
-    exponent = torch.stack(sizes).max().frexp().exponent
-    return torch.ldexp(torch.ones_like(sizes[0]), exponent - 1)
+    Two distances, or a few, can be added without leaving the type.
+    """
+    wide = widest(pairs[0][0].device)
+    largest = torch.finfo(wide).max
+    norms = []
+    for a, b in pairs:
+        difference = (a.to(wide) - b.to(wide)).clamp(-largest, largest)
+        size = power_of_two(difference, 1) if a.dtype == wide else 1.0
+        norm = torch.linalg.vector_norm(difference / size, dim=1, keepdim=True)
+        norms.append((norm * size).clamp(max=largest / 4)[:, 0])
+    return norms
 
 
 def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,24 +108,25 @@ def blocks(n: int, m: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def _by_product(x: Tensor, y: Tensor | None, squared: bool) -> Tensor | None:
+def _by_product(x: Tensor, y: Tensor, own: bool, squared: bool) -> Tensor | None:
     """Float32 distances from one float64 matrix product, or None where points are too close.
 
-    Points that coincide are no harm: their distance is known.
+    Points that coincide are no harm: their distance is known. (Whether they do is asked of the
+    points as given, since beside a far one others may coincide about the centroid.)
     """
-    a, b = _centred(x, x if y is None else y)
+    a, b = _centred(x, x if own else y)
     a_norms = a.square().sum(dim=1)
     b_norms = b.square().sum(dim=1)
     close = _CLOSE * (a_norms.max() + b_norms.max())
     distances = x.new_empty(len(a), len(b))
     for rows in blocks(*distances.shape):
         block = torch.addmm(b_norms, a[rows], b.T, alpha=-2).add_(a_norms[rows, None])
-        itself = block.diagonal(rows.start) if y is None else block[:0]
+        itself = block.diagonal(rows.start) if own else block[:0]
         itself.fill_(torch.inf)
         if block.amin() < close:
             i, j = (block < close).nonzero(as_tuple=True)
             few = len(i) <= _CLOSE_PAIRS * len(block)
-            if not few or (a[rows][i] != b[j]).any():
+            if not few or (x[rows][i] != y[j]).any():
                 return None
             block[i, j] = 0.0
         itself.zero_()
@@ -151,14 +153,24 @@ def refuse_second_derivative() -> None:
         )
 
 
+def _any_close(distances: Tensor, squared: bool) -> bool:
+    """Whether the gradient of some pair would be lost in a matrix product beside the others."""
+    if not distances.numel():
+        return False
+    nearest = distances.masked_fill(distances == 0, torch.inf).amin()
+    return bool(nearest < (_CLOSE if squared else math.sqrt(_CLOSE)) * distances.amax())
+
+
 class _Distances(torch.autograd.Function):
-    """Distances known already, with a gradient of two matrix products."""
+    """Distances known already, with a gradient by matrix products or by differences."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, known: list[Tensor], squared: bool) -> Tensor:
+    def forward(
+        ctx, x: Tensor, y: Tensor, known: list[Tensor], squared: bool, by_product: bool
+    ) -> Tensor:
         (distances,) = known  # in a list, because an output may not be an input
         ctx.save_for_backward(x, y, *([] if squared else [distances]))
-        ctx.own = x is y
+        ctx.own, ctx.by_product = x is y, by_product
         return distances
 
     @staticmethod
@@ -166,22 +178,23 @@ class _Distances(torch.autograd.Function):
         refuse_second_derivative()
         x, y, *distances = ctx.saved_tensors
         known = distances[0] if distances else None
-        a, b = _centred(x, y)
+        pull_back = _pull_back if ctx.by_product else _pull_back_by_difference
         if ctx.own:
-            return _pull_back(grad, known, a, a, own=True).to(x.dtype), None, None, None
+            return pull_back(grad, known, x, x, own=True), None, None, None, None
         known_t = None if known is None else known.T
-        for_x, for_y = _pull_back(grad, known, a, b), _pull_back(grad.T, known_t, b, a)
-        return for_x.to(x.dtype), for_y.to(x.dtype), None, None
+        for_x, for_y = pull_back(grad, known, x, y), pull_back(grad.T, known_t, y, x)
+        return for_x, for_y, None, None, None
 
 
 def _pull_back(
-    grad: Tensor, distances: Tensor | None, a: Tensor, b: Tensor, *, own: bool = False
+    grad: Tensor, distances: Tensor | None, x: Tensor, y: Tensor, *, own: bool = False
 ) -> Tensor:
-    """Gradient by `a` from that by its (if not given, squared) distances to `b`, in float64.
+    """Gradient by `x` from that by its (if not given, squared) distances to `y`, in float64.
 
     These sums cancel where points are much closer than the cloud is wide, and dividing by a small
     distance then magnifies what is left; float32 would not do.
     """
+    a, b = _centred(x, x if own else y)
     out = torch.empty_like(a)
     for rows in blocks(*grad.shape):
         block = (grad[rows] + grad[:, rows].T if own else grad[rows]).double()
@@ -189,27 +202,82 @@ def _pull_back(
             block = block.div(distances[rows]).masked_fill_(distances[rows] == 0, 0.0)
         out[rows] = (block.sum(dim=1, keepdim=True) * a[rows]).addmm_(block, b, alpha=-1)
     out = out.mul_(2) if distances is None else out
-    largest = torch.finfo(grad.dtype).max
-    return out.nan_to_num_(0.0, largest, -largest).clamp_(-largest, largest)
+    return _finite(out, x.dtype)
 
 
-def _by_difference(x: Tensor, y: Tensor | None, squared: bool) -> Tensor:
-    """Distances from differences of coordinates: slower, and exact however close the points."""
-    a, b = x.double(), (x if y is None else y).double()
-    scale = _size(a, b)
-    unit = torch.cdist(a / scale, b / scale, compute_mode="donot_use_mm_for_euclid_dist")
-    distances = (unit * scale).clamp(max=torch.finfo(torch.float64).max)
-    distances = distances.square() if squared else distances
-    return distances.clamp(max=torch.finfo(x.dtype).max).to(x.dtype)
+def _pull_back_by_difference(
+    grad: Tensor, distances: Tensor | None, x: Tensor, y: Tensor, *, own: bool = False
+) -> Tensor:
+    """`_pull_back` without its matrix product, coordinate by coordinate, in the widest type."""
+    wide = widest(x.device)
+    a, b, largest = x.to(wide), y.to(wide), torch.finfo(wide).max
+    out = torch.empty_like(a)
+    for rows in blocks(*grad.shape):
+        block = (grad[rows] + grad[:, rows].T if own else grad[rows]).to(wide)
+        if distances is not None:
+            lengths = distances[rows].to(wide).masked_fill(distances[rows] == 0, torch.inf)
+        for of_out, of_a, of_b in zip(out[rows].T, a[rows].T, b.T, strict=True):
+            slopes = (of_a[:, None] - of_b).clamp_(-largest, largest)
+            slopes = slopes if distances is None else slopes.div_(lengths)
+            of_out.copy_(slopes.mul_(block).sum(dim=1))
+    out = out.mul_(2) if distances is None else out
+    return _finite(out, x.dtype)
 
 
-def _squares(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances in float64, not by way of a root, whose rounding would break ties."""
-    scale = _size(x, y)
-    a, b = x / scale, y / scale
-    squares = x.new_zeros(len(a), len(b))
-    for rows in blocks(*squares.shape):
-        for of_a, of_b in zip(a[rows].T, b.T, strict=True):
-            difference = of_a[:, None] - of_b
-            squares[rows].addcmul_(difference, difference)
-    return squares.mul_(scale).mul_(scale).clamp_(max=torch.finfo(x.dtype).max)
+def _finite(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max
+    return gradient.nan_to_num_(0.0, largest, -largest).clamp_(-largest, largest).to(dtype)
+
+
+def _by_cdist(x: Tensor, y: Tensor, squared: bool) -> Tensor:
+    """Distances from differences of coordinates in float64: exact however close the points."""
+    a = within(x, torch.float64)
+    b = a if y is x else within(y, torch.float64)
+    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return within(distances.square() if squared else distances, x.dtype)
+
+
+def _extreme(*points: Tensor) -> bool:
+    """Whether squares of coordinates' differences might leave float64's range.
+
+    (A difference of two numbers is zero or not below the smaller's last place.)
+    """
+    sizes = torch.cat([p.abs().flatten() for p in points])
+    return bool(((sizes > 1e140) | ((sizes < 1e-120) & (sizes > 0))).any())
+
+
+def _by_difference(x: Tensor, y: Tensor, own: bool, squared: bool) -> Tensor:
+    """Distances from differences of coordinates, one after another, in their own type.
+
+    Squared ones do not go by way of a root, whose rounding would break ties, and roots are right
+    even where the square leaves the type's range.
+    """
+    distances = x.new_empty(len(x), len(y))
+    for rows in blocks(*distances.shape):
+        block = _squares(x[rows], y)
+        if not squared:
+            block.sqrt_()
+            for beyond, scale in _beyond(block, rows.start if own else None):
+                block = torch.where(beyond, _squares(x[rows], y, scale).sqrt_().div_(scale), block)
+        distances[rows] = block
+    return distances.clamp_(max=torch.finfo(x.dtype).max)
+
+
+def _beyond(roots: Tensor, diagonal: int | None) -> Iterator[tuple[Tensor, float]]:
+    """Where squares were too large or too small, with the scale on which they are not."""
+    limits = torch.finfo(roots.dtype)
+    scale = 2.0 ** int(0.78 * math.log2(limits.max))
+    large, small = roots == torch.inf, roots < math.sqrt(limits.tiny / limits.eps)
+    if diagonal is not None:
+        small.diagonal(diagonal).fill_(False)
+    return ((where, by) for where, by in ((large, 1 / scale), (small, scale)) if where.any())
+
+
+def _squares(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+    """Squared distances on a scale."""
+    squares = x.new_zeros(len(x), len(y))
+    for of_x, of_y in zip(x.T, y.T, strict=True):
+        difference = of_x[:, None] - of_y
+        difference = difference if scale == 1.0 else difference.mul_(scale)
+        squares.addcmul_(difference, difference)
+    return squares

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tripletlib._precision import at_least_float32, power_of_two, room_to_add, widest, within
 from tripletlib._validation import check_choice, check_labels, check_number, check_points
 from tripletlib.distances import distances_of, norm_of_rows, refuse_second_derivative
-from tripletlib.triplets import active_triplets, check_batch, count_valid, same_class
+from tripletlib.triplets import (
+    active_triplets,
+    check_batch,
+    count_valid,
+    round_margin,
+    same_class,
+)
 
 REDUCTIONS = ("active", "mean", "sum")
 MININGS = ("all", "semihard", "hard")
@@ -73,22 +78,23 @@ def batch_all_triplet_loss(
         labels = labels.to(embeddings.device)
         # The backward of squared distances does not look at them again.
         known = active_triplets(distances.detach(), labels, margin, overwrite=squared)
-        counts, active, total = known
+        counts, active, total, unit = known
         number = {"active": active, "mean": count_valid(labels), "sum": 1}[reduction]
-    loss = _Known.apply(distances, total, counts, number)
+        number = torch.as_tensor(number, device=total.device).clamp(min=1)
+    loss = _Known.apply(distances, total / number / unit, counts, number)
     return (loss, active) if return_active else loss
 
 
 class _Known(torch.autograd.Function):
-    """A loss whose sum over triplets and gradient by the distances are known, as their mean."""
+    """A mean of losses that is known, and so is the gradient of their sum by the distances."""
 
     @staticmethod
     def forward(
-        ctx, distances: Tensor, total: Tensor, slopes: Tensor, number: Tensor | int
+        ctx, distances: Tensor, mean: Tensor, slopes: Tensor, number: Tensor | int
     ) -> Tensor:
-        ctx.number = number = torch.as_tensor(number, device=total.device).clamp(min=1)
+        ctx.number = number
         ctx.save_for_backward(slopes)
-        return (total / number).clamp(0.0, torch.finfo(distances.dtype).max).to(distances.dtype)
+        return mean.clamp(0.0, torch.finfo(distances.dtype).max).to(distances.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,20 +103,23 @@ class _Known(torch.autograd.Function):
         return slopes * (grad / ctx.number), None, None, None
 
 
-def _sum_of_softplus(distances: Tensor, same: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Sum of softplus over all valid triplets in float64 and its gradient, anchor by anchor."""
-    distances = distances.detach()
+def _mean_of_softplus(
+    distances: Tensor, same: Tensor, margin: float, number: int
+) -> tuple[Tensor, Tensor]:
+    """Mean of softplus over all valid triplets, their number, and its sum's gradient."""
+    wide = widest(distances.device)
+    unit = room_to_add(distances, wide, margin)
     slopes = torch.zeros_like(distances)
-    total = distances.new_zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=wide, device=distances.device)
     for anchor, (row, alike) in enumerate(zip(distances, same, strict=True)):
         positive = alike.clone()
         positive[anchor] = False
         gaps = row[positive][:, None] - row[~alike][None, :] + margin
-        total += F.softplus(gaps).sum(dtype=torch.float64)
+        total += F.softplus(gaps).mul_(unit).sum(dtype=wide)
         weights = gaps.sigmoid_()
         slopes[anchor, positive] = weights.sum(dim=1)
         slopes[anchor, ~alike] = -weights.sum(dim=0)
-    return slopes, total
+    return total / number / unit, slopes
 
 
 class TripletLoss(nn.Module):
@@ -175,13 +184,15 @@ class TripletLoss(nn.Module):
         check_batch(embeddings, labels, self.margin)
         distances = distances_of(embeddings, squared=self.squared)
         same = same_class(labels.to(embeddings.device))
+        margin = round_margin(self.margin, distances.dtype)
         if self.mining == "all":
-            slopes, total = _sum_of_softplus(distances, same, self.margin)
-            return _Known.apply(distances, total, slopes, count_valid(labels))
+            number = max(count_valid(labels), 1)
+            mean, slopes = _mean_of_softplus(distances.detach(), same, margin, number)
+            return _Known.apply(distances, mean, slopes, number)
         positive, negative = {"hard": _hardest, "semihard": _semihard}[self.mining](distances, same)
-        gaps = positive - negative + self.margin
-        losses = F.softplus(gaps) if self.soft else gaps.clamp(min=0)
-        return _mean(losses, distances)
+        gaps = positive - negative + margin
+        # (At zero, the gradient of a clamp is 1 in some versions of torch.)
+        return _mean(F.softplus(gaps) if self.soft else gaps.relu(), distances)
 
     def extra_repr(self) -> str:
         """Name the arguments that make this loss."""
@@ -195,8 +206,9 @@ def _mean(losses: Tensor, distances: Tensor) -> Tensor:
     """Mean of the losses, or a zero that still has a gradient; never beyond the type's range."""
     if not losses.numel():
         return (distances * 0.0).sum()
-    mean = losses.double().clamp(max=torch.finfo(losses.dtype).max / losses.numel()).sum()
-    return (mean / losses.numel()).to(losses.dtype)
+    wide = within(losses, widest(losses.device))
+    unit = room_to_add(losses.detach(), wide.dtype)
+    return within((wide * unit).sum() / losses.numel() / unit, losses.dtype)
 
 
 def _hardest(distances: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,9 +263,9 @@ class DistanceRatioLoss(nn.Module):
                 )
         if not anchor.numel():
             return (anchor.sum() + positive.sum() + negative.sum()) * 0.0
+        anchor, positive, negative = map(at_least_float32, (anchor, positive, negative))
         near, far = norm_of_rows((anchor, positive), (anchor, negative))
-        kind = torch.promote_types(anchor.dtype, torch.float32)
-        return torch.sigmoid(near - far).square().mean().to(kind)
+        return torch.sigmoid(near - far).square().mean().to(anchor.dtype)
 
 
 class ContrastiveLoss(nn.Module):
@@ -263,8 +275,8 @@ class ContrastiveLoss(nn.Module):
     distance (not squared). The loss is the mean over all n(n - 1)/2 pairs, of either sort.
 
     Called with `(embeddings, labels)` of shapes (n, d) and (n,), it gives a scalar, with finite
-    gradients where points coincide, in n² memory; zero without a pair. A distance so large that its
-    square overflows counts as the largest whose square does not.
+    gradients where points coincide, in n² memory; zero without a pair. What is too large for its
+    type becomes the type's largest finite number.
 
     Parameters
     ----------
@@ -288,10 +300,15 @@ class ContrastiveLoss(nn.Module):
         check_labels(labels, len(embeddings))
         distances = distances_of(embeddings)
         same = same_class(labels.to(embeddings.device))
-        gaps = torch.where(same, distances, (self.margin - distances).clamp(min=0))
-        largest = math.sqrt(torch.finfo(gaps.dtype).max) / max(len(gaps), 1)
-        total = gaps.clamp(max=largest).square().sum()
-        return total / max(2 * len(gaps) * (len(gaps) - 1), 1)
+        with torch.no_grad():
+            margin = round_margin(self.margin, distances.dtype)
+            gaps = torch.where(same, distances, (margin - distances).relu())
+            number = max(len(gaps) * (len(gaps) - 1), 1)
+            size = power_of_two(gaps)
+            squares = (gaps / size).to(widest(gaps.device)).square_()
+            mean = (squares.sum() / (2 * number) * size * size).reshape(())
+            slopes = gaps * torch.where(same, 1.0, -1.0)
+        return _Known.apply(distances, mean, slopes, number)
 
     def extra_repr(self) -> str:
         """Name the argument that makes this loss."""

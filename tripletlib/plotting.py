@@ -75,6 +75,7 @@ def show_images(
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 1:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor of shape (n, 1, height, width), got {got}")
+    images = images.detach().cpu().float()
     rows = -(-len(images) // columns)
     height = size * (1.28 if titles is not None else 1.08)
     figure, axes = plt.subplots(
@@ -121,12 +122,12 @@ def scatter_classes(
     -------
     Axes
     """
-    points = torch.as_tensor(points)
+    points = torch.as_tensor(points).detach().cpu()
     check_points(points, "points")
     if points.shape[1] != 2:
         raise ValueError(f"points must have shape (n, 2), got {tuple(points.shape)}")
     check_labels(labels, len(points), of="points")
-    ax = plt.gca() if ax is None else ax
+    ax, labels = plt.gca() if ax is None else ax, labels.cpu()
     for label in labels.unique().tolist():
         cluster = points[labels == label]
         color = PALETTE[label % len(PALETTE)]
@@ -164,8 +165,9 @@ def plot_distances(
     -------
     Axes
     """
-    distances = pairwise_distances(embeddings, squared=squared)
+    distances = pairwise_distances(embeddings.detach(), squared=squared).cpu()
     check_labels(labels, len(embeddings))
+    labels = labels.cpu()
     upper = torch.ones_like(distances, dtype=torch.bool).triu(diagonal=1)
     same = labels[:, None] == labels
     ax = plt.gca() if ax is None else ax
@@ -174,7 +176,7 @@ def plot_distances(
         (same & upper, "same class", SAME),
         (~same & upper, "different classes", DIFFERENT),
     ):
-        values = distances[mask].detach().numpy()
+        values = distances[mask].numpy()
         ax.hist(values, bins, density=True, color=color, alpha=0.6, label=name)
     ax.set(xlabel="squared distance" if squared else "distance", ylabel="density of pairs")
     ax.legend()
@@ -240,6 +242,9 @@ def show_neighbours(
     -------
     Figure
     """
+    queries, query_labels, found, found_labels = (
+        of.cpu() for of in (queries, query_labels, found, found_labels)
+    )
     images = torch.cat([queries[:, None], found], dim=1)
     hits = found_labels == query_labels[:, None]
     labels = torch.cat([query_labels[:, None], found_labels], dim=1)

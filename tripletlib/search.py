@@ -1,4 +1,4 @@
-"""Search many embeddings quickly with FAISS, keep the index in a file, and read images to ask."""
+"""Search many embeddings quickly with FAISS, and keep the index in a file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
 
 from tripletlib._cache import write_atomically
 from tripletlib._validation import check_choice, check_count, check_points
-from tripletlib.data import _PIXEL_STATISTICS
 
-# What FAISS calls them: to its factory, and as classes.
+# What FAISS calls them: to its factory, and in the first four bytes of what it writes.
 _KINDS = {"exact": "Flat", "hnsw": "HNSW32", "ivf": "IVF{cells},Flat"}
-_CLASSES = {"IndexFlatL2": "exact", "IndexHNSWFlat": "hnsw", "IndexIVFFlat": "ivf"}
+_CODES = {b"IxF2": "exact", b"IHNf": "hnsw", b"IwFl": "ivf"}
 _EFFORT = {"hnsw": 64, "ivf": 16}
 _MAGIC = b"tripletlib search index 1\n"
+_MAGIC_GROUPED = b"tripletlib search index 2\n"  # with a table of equal embeddings before FAISS's
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -30,7 +29,9 @@ class SearchIndex:
     """Find the nearest of many embeddings with FAISS, exactly or approximately.
 
     A thin cover around one FAISS index: tensors in and out, checked arguments, Euclidean distances,
-    and files that are known to be whole. The FAISS index itself is in ``.index``.
+    and files that are known to be whole. The FAISS index itself is in ``.index``. Of kind "hnsw" it
+    holds embeddings that are equal once: its walk would not find its way out of many. All their
+    rows are found nevertheless.
 
     Parameters
     ----------
@@ -79,6 +80,9 @@ class SearchIndex:
             raise ValueError(f"embeddings must not be empty, got shape {points.shape}")
         cells = max(1, round(len(points) ** 0.5))
         self.kind = kind
+        self._group = None
+        if kind == "hnsw":
+            points, self._group = _distinct(points)
         self.index = _faiss().index_factory(points.shape[1], _KINDS[kind].format(cells=cells))
         if kind == "ivf":
             self.index.cp.min_points_per_centroid = 1  # fewer than FAISS likes, and no warning
@@ -87,7 +91,7 @@ class SearchIndex:
 
     def __len__(self) -> int:
         """Return the number of embeddings."""
-        return self.index.ntotal
+        return self.index.ntotal if self._group is None else len(self._group)
 
     def __repr__(self) -> str:
         return f"SearchIndex of {len(self)} embeddings of {self.index.d} numbers, {self.kind}"
@@ -114,7 +118,7 @@ class SearchIndex:
             Euclidean, not squared, smallest first.
         indices : Tensor, int64, shape (m, k)
             Rows of the embeddings that the index was made of. Never -1: a query for which an
-            approximate search meets fewer than k is searched exactly.
+            approximate search meets fewer than k is searched exactly. Both are on the CPU.
 
         Raises
         ------
@@ -131,10 +135,13 @@ class SearchIndex:
         if k > len(self):
             raise ValueError(f"k must be at most the {len(self)} embeddings, got {k}")
         self._try_as_hard_as(effort)
-        squared, indices = self.index.search(points, k)
+        entries = min(k, self.index.ntotal)
+        squared, indices = self.index.search(points, entries)
         short = (indices < 0).any(axis=1)
         if short.any():
-            squared[short], indices[short] = self._search_exactly(points[short], k)
+            squared[short], indices[short] = self._search_exactly(points[short], entries)
+        if self._group is not None:
+            squared, indices = _ungrouped(squared, indices, self._group, k)
         # Rounding may leave a zero a little below zero.
         return torch.from_numpy(np.sqrt(squared.clip(min=0))), torch.from_numpy(indices)
 
@@ -164,17 +171,24 @@ class SearchIndex:
         Parameters
         ----------
         path : path
-            Where to; a file that is there is replaced, and kept if writing fails.
+            Where to; a file that is there is replaced, and kept if writing fails. ``~`` is the home
+            folder, here and in `load`.
 
         Raises
         ------
         OSError
             If the file cannot be written.
         """
-        payload = _faiss().serialize_index(self.index)
-        digest = hashlib.sha256(payload).digest()
+        parts = [memoryview(_faiss().serialize_index(self.index))]
+        if self._group is not None:
+            parts = [len(self).to_bytes(8, "little"), self._group.astype("<i8").tobytes(), *parts]
+        magic = _MAGIC if self._group is None else _MAGIC_GROUPED
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
         write_atomically(
-            Path(path), lambda stream: stream.writelines((_MAGIC, digest, memoryview(payload)))
+            Path(os.path.expanduser(path)),
+            lambda stream: stream.writelines((magic, digest.digest(), *parts)),
         )
 
     @classmethod
@@ -204,19 +218,48 @@ class SearchIndex:
         The file carries its SHA-256, so that damage is found. That does not make a stranger's file
         safe: load only what you trust.
         """
-        content = memoryview(Path(path).read_bytes())
-        header = len(_MAGIC) + _DIGEST_BYTES
-        if content[: len(_MAGIC)] != _MAGIC:
+        content = memoryview(Path(os.path.expanduser(path)).read_bytes())
+        magic, header = content[: len(_MAGIC)], len(_MAGIC) + _DIGEST_BYTES
+        if magic not in (_MAGIC, _MAGIC_GROUPED):
             raise ValueError(f"{path} is not an index saved by SearchIndex")
         if hashlib.sha256(content[header:]).digest() != content[len(_MAGIC) : header]:
             raise ValueError(f"{path} is damaged (its SHA-256 differs): build and save it anew")
-        loaded = cls.__new__(cls)
+        payload, loaded = content[header:], cls.__new__(cls)
+        loaded._group = None
+        if magic == _MAGIC_GROUPED:
+            end = 8 * (1 + int.from_bytes(payload[:8], "little"))
+            loaded._group, payload = np.frombuffer(payload[8:end], "<i8"), payload[end:]
+        # Before FAISS sees it: some versions kill the process over a code that they do not know.
+        loaded.kind = _CODES.get(bytes(payload[:4]))
         try:
-            loaded.index = _faiss().deserialize_index(np.frombuffer(content[header:], np.uint8))
+            if loaded.kind is None:
+                raise RuntimeError("it is of no kind known here")
+            loaded.index = _faiss().deserialize_index(np.frombuffer(payload, np.uint8))
         except RuntimeError as error:
             raise ValueError(f"{path} was written by another version of FAISS ({error})") from error
-        loaded.kind = _CLASSES[type(loaded.index).__name__]
         return loaded
+
+
+def _distinct(points: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Keep the first of equal points, and say of each which was kept (None: there are none)."""
+    _, first, group = np.unique(points + 0.0, axis=0, return_index=True, return_inverse=True)
+    if len(first) == len(points):
+        return points, None
+    kept = np.sort(first)
+    return points[kept], kept.searchsorted(first[group.reshape(-1)])
+
+
+def _ungrouped(
+    squared: np.ndarray, found: np.ndarray, group: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put in the place of every group that was found its rows, as far as the k nearest reach."""
+    rows, sizes = group.argsort(kind="stable"), np.bincount(group)
+    starts, wanted = (sizes.cumsum() - sizes)[found], sizes[found]
+    wanted = (k - (wanted.cumsum(axis=1) - wanted)).clip(0, wanted).ravel()
+    # Of each group, the places from its start on.
+    places = np.arange(wanted.sum()) + (starts.ravel() - (wanted.cumsum() - wanted)).repeat(wanted)
+    shape = (len(found), k)
+    return squared.ravel().repeat(wanted).reshape(shape), rows[places].reshape(shape)
 
 
 def _as_array(points: Tensor, name: str) -> np.ndarray:
@@ -243,79 +286,3 @@ def _faiss() -> ModuleType:
     if on_mac:
         faiss.omp_set_num_threads(1)
     return faiss
-
-
-def load_image(path: str | os.PathLike, size: int = 28) -> Tensor:
-    """Read an image file as the networks of Fashion-MNIST want it: grey, square, bright on black.
-
-    The image is turned upright as its camera noted, made grey, turned into its negative if its
-    background is bright, scaled until its longer side fits, padded to a square with the colour of
-    its background, and standardised like `load_fashion_mnist`. The background is the median of the
-    pixels along the border. Transparent parts become black or white, whichever is farther from what
-    is to be seen. It is not cropped: do that first if the product does not fill the image.
-
-    Parameters
-    ----------
-    path : path
-        A file of any kind, size and colour that Pillow reads; of an animation, the first image.
-    size : int, default 28
-        Height and width of the result.
-
-    Returns
-    -------
-    Tensor, float32, shape (1, 1, size, size)
-        A test image of Fashion-MNIST that was saved as a PNG comes back as it is in
-        `load_fashion_mnist`.
-
-    Raises
-    ------
-    OSError
-        If the file is not there or may not be read.
-    ValueError
-        If it is not an image, is damaged or has too many pixels to open safely (Pillow's limit,
-        ``PIL.Image.MAX_IMAGE_PIXELS``); the message names the file. Also if size is not a whole
-        number of at least 1.
-    """
-    check_count(size, "size")
-    try:
-        with Image.open(path) as file:
-            grey = _grey(ImageOps.exif_transpose(file))
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has too many pixels to open safely ({error})") from error
-    except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
-            raise  # it is not the file's content
-        raise ValueError(f"{path} is not an image, or it is damaged") from error
-    background = float(np.median(_border(np.asarray(grey))))
-    shrink = size / max(grey.size)
-    sides = tuple(max(1, round(side * shrink)) for side in grey.size)
-    square = Image.new("F", (size, size), background)
-    corner = tuple((size - side) // 2 for side in sides)
-    square.paste(grey.convert("F").resize(sides, Image.Resampling.LANCZOS), corner)
-    pixels = torch.from_numpy(np.array(square)).clamp(0, 255)
-    mean, deviation = _PIXEL_STATISTICS["FashionMNIST"]
-    pixels = 255 - pixels if background > 127 else pixels
-    return pixels.sub(mean).div(deviation)[None, None]
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """Return an image of one channel whose values run from 0 to 255."""
-    if image.mode.startswith("I"):  # 16 bits
-        return Image.fromarray(np.asarray(image, np.float32) / 257)
-    if image.mode == "F":  # any range
-        values = np.asarray(image)
-        low, high = values.min(), values.max()
-        if not np.isfinite([low, high]).all():
-            raise ValueError("pixels must be finite")
-        return Image.fromarray((values - low) * (255 / max(high - low, np.float32(1e-12))))
-    if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
-        return image.convert("RGB").convert("L")
-    image = image.convert("RGBA")
-    grey, alpha = image.convert("L"), image.getchannel("A")
-    seen = ImageStat.Stat(grey, alpha)
-    dark = seen.count[0] == 0 or seen.mean[0] < 128
-    return Image.composite(grey, Image.new("L", image.size, 255 if dark else 0), alpha)
-
-
-def _border(pixels: np.ndarray) -> np.ndarray:
-    return np.concatenate([pixels[[0, -1]].ravel(), pixels[1:-1, [0, -1]].ravel()])

@@ -1,33 +1,39 @@
-"""Train an embedding network, keep and resume the result, and embed images with it."""
+"""Train an embedding network, and embed images with it."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 import os
-import pickle
+import random
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, RandomSampler
 from tqdm import tqdm
 
-from tripletlib._cache import cache_folder, write_atomically
 from tripletlib._optimizer import optimizers
-from tripletlib._validation import check_count, check_images, check_labels, check_number
+from tripletlib._precision import no_autocast
+from tripletlib._validation import (
+    check_count,
+    check_images,
+    check_labels,
+    check_number,
+    check_points,
+    warn,
+)
 from tripletlib.augmentation import jitter
+from tripletlib.checkpoints import Checkpoint, Origin
 from tripletlib.losses import TripletLoss
-from tripletlib.triplets import describe_triplets
+from tripletlib.triplets import count_valid, describe_triplets
 
 
 class History:
@@ -38,9 +44,10 @@ class History:
 
     - ``epoch`` and ``step``, both counted from 0, the step through all epochs;
     - ``loss``, of the batch, before the step's update;
-    - ``active``, the fraction of the batch's valid triplets that violate the margin;
+    - ``active``, the fraction of the batch's valid triplets that violate the margin: the loss's
+      ``margin`` if that is a number of at least 0, else 0.2;
     - ``positive_distance`` and ``negative_distance``, the mean over the batch's pairs of one and of
-      different classes, squared if the loss is;
+      different classes, squared unless the loss has ``squared=False``;
     - ``spread``, how far the batch's embeddings lie apart (see `describe_triplets`);
     - ``learning_rate``, and ``seconds`` since training began, resting times left out.
     """
@@ -96,15 +103,17 @@ def fit(
     ----------
     network : nn.Module
         Maps a batch of images to embeddings of shape (n, d). It is trained in place, on the device
-        where its parameters are.
+        where its parameters are. What is frozen stays so, running means too: any part none of whose
+        parameters requires a gradient, and of a network in training mode the parts in evaluation
+        mode.
     images : Tensor, floating point, shape (n, ...)
         All training images. Each is looked at once an epoch.
     labels : Tensor of integers, shape (n,)
         Their classes.
     loss : callable, optional
-        Takes (embeddings, labels) and returns a scalar; any loss of this package or of
-        pytorch-metric-learning. Parameters of its own are trained too. By default
-        ``TripletLoss()``.
+        Takes (embeddings, labels) and returns a scalar; any loss of this package, of
+        pytorch-metric-learning or of torch. One that is a module is brought to the network's
+        device, and parameters of its own are trained too. By default ``TripletLoss()``.
     epochs : int, default 2
         Passes over the images.
     batch_size : int, default 512
@@ -114,21 +123,22 @@ def fit(
         Peak of the one-cycle schedule for AdamW. That of Muon is 12.5 times as high.
     seed : int, optional
         Fixes order, augmentation and dropout: the same network, data and seed give the same
-        weights on the same machine. The global random state is left as it was. By default drawn
-        from torch's global generator.
+        weights on the same machine. The global random states (of torch, NumPy and Python) are left
+        as they were. By default drawn from torch's global generator.
     augment : callable or False, optional
         Changes a batch of images before the network sees it. By default `jitter` if the images
         have shape (n, channels, height, width), and nothing otherwise; False for nothing.
     batch_sampler : iterable of sequences of indices, optional
         Replaces the shuffled batches, for instance a `BalancedBatchSampler`; it has a length, and
-        `batch_size` is then of no effect.
+        `batch_size` is then of no effect. A batch is a list, tuple, range, array or tensor.
     bf16 : bool, optional
         Run the network in bfloat16 (autocast). By default only where that is faster without doubt:
         on a CPU with AMX. The loss is always computed in float32.
     checkpoint : path, optional
         Written whole after each epoch. If it exists, training goes on from there, to the same
-        weights as without a break; a finished one is just loaded. In an existing folder, the file
-        is named after the run's initial weights, data, settings and code.
+        weights as without a break, and with its seed if none is given; a finished one is just
+        loaded. In an existing folder, the file is named after all that the run comes from. What
+        counts as the same run is said at `load_or_fit`.
     callback : callable, optional
         Called with the history so far after every step.
     progress : bool, default True
@@ -142,8 +152,9 @@ def fit(
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong type, shape or range, embeddings are not finite, or the
-        checkpoint was made with other code, data or settings.
+        If an argument is of the wrong type, shape or range, embeddings are not finite or not one
+        a label, the loss is no scalar, a batch is no list of places in `images`, or the checkpoint
+        is damaged or was made with other code, data, network or settings.
     FloatingPointError
         If the loss is not finite.
     OSError
@@ -155,44 +166,42 @@ def fit(
     rising for a fifth of the steps. Muon is that of K. Jordan et al., 2024.
     """
     loss = TripletLoss() if loss is None else loss
-    _check_arguments(network, images, labels, epochs, batch_size, learning_rate, batch_sampler)
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
-    check_count(seed, "seed", low=0)
+    _check_arguments(
+        network, loss, images, labels, epochs, batch_size, learning_rate, batch_sampler
+    )
+    check_count(0 if seed is None else seed, "seed", low=0)
+    if count_valid(labels) == 0:
+        warn("labels hold no triplet, which takes two images of one class and one of another")
     augment = jitter if augment is None and images.dim() == 4 else augment
     device = next(network.parameters()).device
     bf16 = _has_fast_bf16(device) if bf16 is None else bf16
     if batch_sampler is None:
-        lone = len(images) % batch_size == 1
-        batch_sampler = BatchSampler(RandomSampler(images), batch_size, drop_last=lone)
-    run = _Run(network, loss, learning_rate, steps=epochs * len(batch_sampler))
-    if checkpoint is not None:
-        settings = (epochs, batch_size, learning_rate, seed, bf16, len(batch_sampler))
-        origin = _origin(network, loss, images, labels, augment, settings)
-        run.attach(_checkpoint_file(Path(checkpoint), network, origin), origin)
-
-    network.train()
-    start = time.perf_counter() - (run.history.rows[-1]["seconds"] if run.history else 0.0)
-    with torch.random.fork_rng(), _progress_bar(run, progress) as bar:
-        for epoch in range(run.epoch, epochs):
-            # A stream of its own for each epoch, so that resuming needs no random state.
-            torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-            for batch in batch_sampler:
-                views, batch_labels = images[batch].to(device), labels[batch].to(device)
-                views = augment(views) if augment else views
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    embeddings = network(views)
-                embeddings = embeddings.float() if bf16 else embeddings
-                row = run.step(loss(embeddings, batch_labels))
-                row |= _triplet_columns(embeddings, batch_labels, loss)
-                row |= {"epoch": epoch, "seconds": time.perf_counter() - start}
-                run.history.rows.append(row)
-                shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
-                bar.set_postfix(shown, refresh=False)
-                bar.update()
-                if callback is not None:
-                    callback(run.history)
-            run.epoch = epoch + 1
-            run.save()
+        places, lone = RandomSampler(range(len(images))), len(images) % batch_size == 1
+        batch_sampler = BatchSampler(places, batch_size, drop_last=lone)
+    drawn = int(torch.randint(2**31, ())) if seed is None else seed
+    with _own_randomness(device), no_autocast(device):
+        materialise(network, images)
+        _start_training(network)
+        run = _Run(network, loss, learning_rate, epochs * len(batch_sampler), augment, bf16, drawn)
+        if checkpoint is not None:
+            numbers = (epochs, batch_size, learning_rate, bf16)
+            settings = {"settings": numbers, "augment": augment, "batch_sampler": batch_sampler}
+            run.attach(checkpoint, (images, labels), settings, seed_given=seed is not None)
+        start = time.perf_counter() - (run.history.rows[-1]["seconds"] if run.history else 0.0)
+        with _progress_bar(run, progress) as bar:
+            for epoch in range(run.epoch, epochs):
+                _seed_all(run.seed, epoch)
+                for batch in batch_sampler:
+                    places = _places(batch, len(images))
+                    row = run.step(images[places].to(device), labels[places].to(device))
+                    row |= {"epoch": epoch, "seconds": time.perf_counter() - start}
+                    shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
+                    bar.set_postfix(shown, refresh=False)
+                    bar.update()
+                    if callback is not None:
+                        callback(run.history)
+                run.epoch = epoch + 1
+                run.save()
     network.eval()
     return run.history
 
@@ -201,10 +210,18 @@ class _Run:
     """The parts of a training run that change, so that a checkpoint can hold them all."""
 
     def __init__(
-        self, network: nn.Module, loss: Callable[..., Tensor], learning_rate: float, steps: int
+        self,
+        network: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        learning_rate: float,
+        steps: int,
+        augment: Callable[[Tensor], Tensor] | Literal[False] | None,
+        bf16: bool,
+        seed: int,
     ) -> None:
-        self.network = network
-        self.loss = loss
+        if isinstance(loss, nn.Module):
+            loss.to(next(network.parameters()).device)
+        self.network, self.loss, self.augment, self.bf16 = network, loss, augment, bf16
         self.optimizers = optimizers(network, loss, learning_rate)
         self.schedules = [
             torch.optim.lr_scheduler.OneCycleLR(
@@ -216,125 +233,97 @@ class _Run:
             )
             for optimizer in self.optimizers
         ]
-        self.steps = steps
+        self.steps, self.seed = steps, seed
         self.history = History()
         self.epoch = 0
-        self.path: Path | None = None
+        self.checkpoint: Checkpoint | None = None
 
-    def step(self, value: Tensor) -> dict[str, float]:
-        """Follow the gradient of a loss once, and say what was done."""
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Follow the gradient of a batch's loss once; return the history's new row."""
+        step = len(self.history)
+        if step == self.steps:
+            raise ValueError(f"batch_sampler gave more batches than its length: {step} in all")
+        images, labels = self.augment(images) if self.augment else images, labels.long()
+        if self.bf16:
+            # A cache of weights would outlive the step: it is emptied outside any autocast only.
+            with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+                embeddings = self.network(images).float()
+        else:
+            embeddings = self.network(images)
+        check_points(embeddings)
+        check_labels(labels, len(embeddings))
+        value = self.loss(embeddings, labels)
+        _check_loss(value, step)
         row = {
-            "step": len(self.history),
+            "step": step,
             "loss": value.item(),
             "learning_rate": self.schedules[0].get_last_lr()[0],
         }
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"loss is {row['loss']} at step {row['step']}: try a lower learning_rate"
-            )
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        value.backward()
+        if value.requires_grad:  # a loss may give a bare 0 where a batch holds nothing for it
+            value.backward()
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
-        return row
+        self.history.rows.append(row | _triplet_columns(embeddings, labels, self.loss))
+        return self.history.rows[-1]
 
-    def attach(self, path: Path, origin: dict[str, str]) -> None:
-        """Keep the run at `path`, and go on from there if it holds one."""
-        self.path, self.origin = path, origin
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):  # raises now what would be raised later
-            pass
-        if not path.exists():
-            return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = state["origin"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
-            raise ValueError(f"checkpoint {path} is damaged or not a checkpoint ({e})") from e
-        if changed := [part for part in origin if theirs.get(part) != origin[part]]:
-            raise ValueError(
-                f"checkpoint {path} was made with other {' and '.join(changed)}: delete it to "
-                "train anew, or name another file"
-            )
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.history.rows[:] = state["history"]
-        self.epoch = state["epoch"]
+    def attach(
+        self,
+        checkpoint: str | os.PathLike | Checkpoint,
+        data: tuple[Tensor, Tensor],
+        settings: dict[str, object],
+        *,
+        seed_given: bool,
+    ) -> None:
+        """Keep the run in a checkpoint, and go on from there if it is kept already."""
+        fixed = {"data": {"data": data}, "code": {"code": fit, "precision": _precision()}}
+        moving = {"network": {"network": self.network}, "settings": settings | {"loss": self.loss}}
+        origin = Origin(self.seed, fixed, moving, seed_given=seed_given)
+        is_ours = isinstance(checkpoint, Checkpoint)
+        self.checkpoint = checkpoint if is_ours else Checkpoint(checkpoint)
+        state = self.checkpoint.open(origin, [part.state_dict() for part in self._modules()])
+        if state is not None:
+            for part, of_part in zip(self._parts(), state["parts"], strict=True):
+                part.load_state_dict(of_part)
+            self.history.rows[:] = state["history"]
+            self.epoch, self.seed = state["epoch"], origin.seed
 
     def save(self) -> None:
         """Write the checkpoint whole, if there is to be one."""
-        if self.path is not None:
-            state = {name: part.state_dict() for name, part in self._parts().items()}
-            state |= {"origin": self.origin, "history": self.history.rows, "epoch": self.epoch}
-            write_atomically(self.path, lambda stream: torch.save(state, stream))
+        if self.checkpoint is not None:
+            parts = [part.state_dict() for part in self._parts()]
+            state = {"parts": parts, "history": self.history.rows, "epoch": self.epoch}
+            self.checkpoint.save(state)
 
-    def _parts(self) -> dict:
-        parts = {"network": self.network}
-        parts |= {f"optimizer {i}": part for i, part in enumerate(self.optimizers)}
-        parts |= {f"schedule {i}": part for i, part in enumerate(self.schedules)}
-        return parts | ({"loss": self.loss} if isinstance(self.loss, nn.Module) else {})
+    def _modules(self) -> list[nn.Module]:
+        return [self.network, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
+
+    def _parts(self) -> list:
+        return [*self._modules(), *self.optimizers, *self.schedules]
 
 
-def load_or_fit(
-    make_network: Callable[[], nn.Module],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    seed: int = 0,
-    retrain: bool = False,
-    **options: object,
-) -> tuple[nn.Module, History]:
-    """Return a trained network, from this machine's cache if the very same run was made before.
+def materialise(network: nn.Module, images: Tensor) -> None:
+    """Give the parameters of lazy layers, which learn their shapes from data, shape and value."""
+    if any(map(is_lazy, network.parameters())):
+        embed(network, images[:2])
 
-    The run is known by its data, its settings, the network and the code of this package; if any
-    of them changes, the network is trained anew. Where the cache folder cannot be written, a
-    warning says so and the network is trained each time.
 
-    Parameters
-    ----------
-    make_network : callable
-        Builds the untrained network, for instance ``EmbeddingNet``.
-    images, labels : Tensor
-        As for `fit`.
-    seed : int, default 0
-        Fixes the initial weights too.
-    retrain : bool, default False
-        Train even if the cache has the run, and keep the new one.
-    **options
-        What else `fit` takes, but `checkpoint`.
-
-    Returns
-    -------
-    network : nn.Module
-        Trained, in evaluation mode.
-    history : History
-        How it was trained.
-    """
-    folder = cache_folder() / "networks"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = make_network()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            place = scratch if retrain else folder
-            history = fit(network, images, labels, seed=seed, checkpoint=place, **options)
-            for file in Path(scratch).iterdir():
-                os.replace(file, folder / file.name)
-    except OSError as error:
-        warnings.warn(
-            f"cannot keep trained networks in {folder} ({error}); training each time. "
-            "Set TRIPLETLIB_CACHE to a folder that can be written",
-            stacklevel=2,
-        )
-        history = fit(network, images, labels, seed=seed, **options)
-    return network, history
+def _start_training(network: nn.Module) -> None:
+    """Put a network into training mode, but for what its owner froze."""
+    kept = [module for module in network.modules() if network.training and not module.training]
+    for module in network.modules():
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            kept += module.modules()
+    network.train()
+    for module in kept:
+        module.training = False
 
 
 def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
-    """Return the embeddings of images, in batches and without gradients.
+    """Return the embeddings of images, in batches, without gradients and without autocast.
 
     Parameters
     ----------
@@ -362,7 +351,7 @@ def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
     if training:
         network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast(device):
             return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
     finally:
         for module in training:
@@ -371,6 +360,7 @@ def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
 
 def _check_arguments(
     network: nn.Module,
+    loss: object,
     images: Tensor,
     labels: Tensor,
     epochs: int,
@@ -380,6 +370,11 @@ def _check_arguments(
 ) -> None:
     if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
         raise TypeError(f"network must be an nn.Module with parameters, got {network!r}")
+    if not callable(loss):
+        raise TypeError(f"loss must be callable, got {type(loss).__name__}")
+    weights = [*network.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
+    if not any(weight.requires_grad for weight in weights):
+        raise ValueError("network must have a parameter that requires a gradient, got none")
     check_images(images)
     check_labels(labels, len(images), of="images")
     if len(images) < 2:
@@ -391,6 +386,61 @@ def _check_arguments(
         raise TypeError(
             f"batch_sampler must have a length, got {type(batch_sampler).__name__} without one"
         )
+    if batch_sampler is not None and len(batch_sampler) == 0:
+        raise ValueError("batch_sampler must have at least one batch, got none")
+
+
+def _check_loss(value: object, step: int) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"loss must return a tensor of one number, got {got}")
+    if not math.isfinite(value.item()):
+        raise FloatingPointError(
+            f"loss is {value.item()} at step {step}: try a lower learning_rate"
+        )
+
+
+def _places(batch: Sequence[int], images: int) -> Tensor:
+    """Make a batch of `batch_sampler` an index tensor."""
+    try:
+        as_is = isinstance(batch, (Tensor, np.ndarray))
+        places = torch.as_tensor(batch if as_is else list(batch))
+        integers = not places.is_floating_point() and places.dtype != torch.bool
+    except (TypeError, ValueError, RuntimeError):
+        integers = False
+    if not integers or places.dim() != 1 or not len(places):
+        raise TypeError(f"batch_sampler must give sequences of places in images, got {batch!r}")
+    places = places.long()
+    if len(wrong := places[(places >= images) | (places < -images)]):
+        raise ValueError(
+            f"batch_sampler must give places in the {images} images, got {int(wrong[0])}"
+        )
+    return places
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Leave the global random states of torch, NumPy and Python as they were."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _seed_all(seed: int, epoch: int) -> None:
+    # A stream of its own for each epoch, so that resuming needs no random state.
+    number = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002
+    random.seed(number)
+
+
+def _precision() -> tuple[str, ...]:
+    """Tell what else decides how torch rounds."""
+    return (torch.__version__, torch.get_float32_matmul_precision())
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
@@ -411,9 +461,13 @@ def _progress_bar(run: _Run, progress: bool) -> tqdm:
 
 
 def _triplet_columns(embeddings: Tensor, labels: Tensor, loss: object) -> dict[str, float]:
-    # A loss that knows no margin, or no squared distance, is described with the defaults.
-    margin, squared = getattr(loss, "margin", 0.2), getattr(loss, "squared", True)
-    state = describe_triplets(embeddings.detach(), labels, margin, squared=squared)
+    squared = getattr(loss, "squared", True)
+    state = describe_triplets(
+        embeddings.detach(),
+        labels,
+        _margin_of(loss),
+        squared=squared if isinstance(squared, bool) else True,
+    )
     return {
         "active": state.active,
         "positive_distance": state.positive_distance,
@@ -422,57 +476,10 @@ def _triplet_columns(embeddings: Tensor, labels: Tensor, loss: object) -> dict[s
     }
 
 
-def _origin(
-    network: nn.Module,
-    loss: object,
-    images: Tensor,
-    labels: Tensor,
-    augment: object,
-    settings: tuple,
-) -> dict[str, str]:
-    """Say by digests what a run comes from, but for its initial weights."""
-    modules = [sys.modules[f"tripletlib.{name}"] for name in _TRAINING_MODULES]
-    return {
-        "data": _digest(images, labels),
-        "network": _digest(_identity(network)),
-        "settings": _digest(_identity(loss), _identity(augment), repr(settings)),
-        "code": _digest(torch.__version__, *map(inspect.getsource, modules)),
-    }
-
-
-_TRAINING_MODULES = (
-    "_optimizer",
-    "augmentation",
-    "distances",
-    "losses",
-    "networks",
-    "training",
-    "triplets",
-)
-
-
-def _identity(thing: object) -> str:
-    """Describe an object by its text and the source of its class or function."""
-    named = inspect.isroutine(thing)
-    try:
-        source = inspect.getsource(thing if named else type(thing))
-    except (OSError, TypeError):  # built in, or typed at a prompt
-        source = ""
-    return (thing.__qualname__ if named else repr(thing)) + source
-
-
-def _checkpoint_file(path: Path, network: nn.Module, origin: dict[str, str]) -> Path:
-    if not path.is_dir():
-        return path
-    return path / f"{_digest(*network.state_dict().values(), *origin.values())[:16]}.pt"
-
-
-def _digest(*parts: Tensor | str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            digest.update(repr((tuple(part.shape), part.dtype)).encode())
-            digest.update(part.detach().cpu().contiguous().numpy())
-        else:
-            digest.update(part.encode() + b"\0")
-    return digest.hexdigest()
+def _margin_of(loss: object) -> float:
+    """Return a loss's margin if it is one that triplets can be described with, else 0.2."""
+    margin = getattr(loss, "margin", None)
+    if isinstance(margin, Tensor) and margin.numel() == 1:
+        margin = margin.item()
+    usable = isinstance(margin, Real) and not isinstance(margin, bool)
+    return float(margin) if usable and 0 <= margin < math.inf else 0.2

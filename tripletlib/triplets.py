@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tripletlib._precision import power_of_two, room_to_add, widest
 from tripletlib._validation import check_choice, check_labels, check_number, check_points
 from tripletlib.distances import blocks, distances_of
 
@@ -16,11 +17,6 @@ KINDS = ("all", "random", "hard", "semihard", "easy")
 # The most that `mine_triplets` takes while it lists triplets, of which each needs _BYTES_EACH.
 MEMORY_LIMIT = 4 * 2**30
 _BYTES_EACH = 48
-
-# The C library of Linux gives freed memory back to the kernel, and then gets it again page by page,
-# unless it has once seen a large block freed. A training loop soon frees one; this one, never
-# touched, spares shorter programs thousands of page faults a batch.
-torch.empty(31 * 2**20, dtype=torch.uint8)
 
 # A search of sorted rows begins by comparing with one pivot less than this.
 _PIVOTS = 8
@@ -89,25 +85,40 @@ def describe_triplets(
     with torch.no_grad():
         distances = distances_of(embeddings, squared=squared)
         members, positive = _members(labels)
-        sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
+        wide = widest(distances.device)
+        unit = room_to_add(distances, wide)
+        counts = torch.zeros(2, dtype=torch.int64, device=distances.device)
+        sums = torch.zeros(2, dtype=wide, device=distances.device)
         for rows in blocks(n, n):
-            near, valid = distances[rows].gather(1, members[rows]), positive[rows]
+            near, others = distances[rows].gather(1, members[rows]), positive[rows]
             ordered = _padded(_sorted(distances[rows].scatter(1, members[rows], torch.inf)))
-            counts = [_below(ordered, _add_up(near, m)).mul_(valid) for m in (margin, 0.0)]
-            found = [*counts, near.mul_(valid), distances[rows]]
-            sums += torch.stack([part.sum(dtype=torch.float64) for part in found])
-        spread = (embeddings.double() - embeddings.double().mean(dim=0)).square().sum(dim=1)
-        active, hard, within, everything = sums.tolist()
+            below = [_below(ordered, _add_up(near, m)).mul_(others) for m in (margin, 0.0)]
+            counts += torch.stack([part.sum(dtype=torch.int64) for part in below])
+            near.mul_(others)
+            far = distances[rows].scatter(1, members[rows], 0.0)
+            sums += torch.stack([part.mul_(unit).sum(dtype=wide) for part in (near, far)])
+        active, hard = counts.tolist()
+        within, between = sums.tolist()
     valid, pairs = count_valid(labels), int(positive.sum())
     return TripletDescription(
         triplets=valid,
         active=active / max(valid, 1),
         semihard=(active - hard) / max(valid, 1),
         hard=hard / max(valid, 1),
-        positive_distance=within / max(pairs, 1),
-        negative_distance=(everything - within) / max(n * n - n - pairs, 1),
-        spread=spread.mean().sqrt().item() if n else 0.0,
+        positive_distance=within / max(pairs, 1) / unit,
+        negative_distance=between / max(n * n - n - pairs, 1) / unit,
+        spread=_spread(embeddings.detach()) if n else 0.0,
     )
+
+
+def _spread(points: Tensor) -> float:
+    """Root mean square distance from the centroid."""
+    points = points.to(widest(points.device))
+    size = power_of_two(points)
+    # From the first point on, so that points that coincide give zero and not what rounding leaves.
+    points = points / size - points[0] / size
+    square = (points - points.mean(dim=0)).square().sum(dim=1).mean()
+    return min((square.sqrt() * size).item(), torch.finfo(points.dtype).max)
 
 
 def mine_triplets(
@@ -196,12 +207,14 @@ class Active(NamedTuple):
     """What is known of a batch's active triplets, those with d(a, n) < d(a, p) + margin.
 
     `counts` of shape (n, n) tells in how many of them each pair is, with minus for anchor and
-    negative; `number` is how many there are, `total` the sum of their hinge losses in float64.
+    negative; `number` is how many there are, `total` the sum of their hinge losses, in the widest
+    type and times `unit`, a power of two that leaves it room.
     """
 
     counts: Tensor
     number: Tensor
     total: Tensor
+    unit: float
 
 
 def active_triplets(
@@ -221,7 +234,11 @@ def active_triplets(
     wanted = _add_up(near, margin).masked_fill_(~positive, -torch.inf)
     ordered = _sorted(wanted.clone())
     counts = distances if overwrite else torch.empty_like(distances)
-    number, total = torch.zeros(2, dtype=torch.float64, device=distances.device)
+    margin = round_margin(margin, distances.dtype)
+    wide = widest(distances.device)
+    unit = room_to_add(distances, wide, margin)
+    number = torch.zeros((), dtype=torch.int64, device=distances.device)
+    total = torch.zeros((), dtype=wide, device=distances.device)
     for rows in blocks(n, n):
         block, columns = distances[rows], members[rows]
         values = block.scatter(1, columns, wanted[rows])
@@ -233,11 +250,22 @@ def active_triplets(
         last = index.gather(1, columns).sub_(1).clamp_(min=0)
         mine = below.gather(1, last).mul_(positive[rows])
         signed = place.sub_(members.shape[1]).scatter_(1, columns, mine)
-        number += mine.sum(dtype=torch.float64)
-        total += _sum_of_products(block, signed, near[rows] * positive[rows])
+        number += mine.sum(dtype=torch.int64)
+        # A row's counts sum to zero, so that any origin may be taken off.
+        shifted = block.to(wide)
+        if block.dtype == wide:
+            # From the farthest positive, what has to cancel is no larger than the losses
+            # themselves. (Float32 needs none: then float64 adds a row without error.)
+            farthest = (near[rows] * positive[rows]).amax(dim=1, keepdim=True)
+            shifted = (block - farthest).mul_(unit)
+        total += shifted.mul_(signed).sum(dim=1).sum()
         counts[rows] = signed
-    margin = torch.tensor(margin, dtype=distances.dtype).item()
-    return Active(counts, number.long(), total + margin * number)
+    return Active(counts, number, total + margin * unit * number.to(wide), unit)
+
+
+def round_margin(margin: float, dtype: torch.dtype) -> float:
+    """Give the margin as the type of the distances has it."""
+    return torch.tensor(min(margin, torch.finfo(dtype).max), dtype=dtype).item()
 
 
 def _members(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +286,6 @@ def _add_up(distances: Tensor, margin: float) -> Tensor:
     A float is below the exact sum if and only if it is below the sum rounded up, so comparisons
     are exact even where the margin is lost in a huge distance.
     """
-    margin = torch.tensor(margin, dtype=distances.dtype, device=distances.device)
     total = distances + margin
     shadow = total - distances
     lost = (distances - (total - shadow)) + (margin - shadow)
@@ -311,18 +338,6 @@ def _below(ordered: Tensor, limits: Tensor) -> Tensor:
     return _places(ordered, limits.nextafter(limits.new_tensor(-torch.inf)))[0]
 
 
-def _sum_of_products(distances: Tensor, counts: Tensor, positive: Tensor) -> Tensor:
-    """Sum of counts times distances, of which a row's counts sum to zero, in float64."""
-    wide = distances.double()
-    if distances.dtype == torch.float64:
-        # Any origin may be taken off. From the farthest positive, what has to cancel is no larger
-        # than the losses themselves. (Float32 needs none: then float64 adds a row without error.)
-        ceiling = torch.finfo(torch.float64).max / 2**64  # which leaves room to sum
-        origin = positive.amax(dim=1, keepdim=True).clamp_(max=ceiling)
-        wide = wide.clamp(max=ceiling).sub_(origin)
-    return wide.mul_(counts).sum(dim=1).sum()
-
-
 def _pairs(same: Tensor) -> tuple[Tensor, Tensor]:
     """Anchors and positives."""
     positive = same.clone().fill_diagonal_(False)
@@ -340,11 +355,12 @@ def _draw(same: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tens
     anchors = (positive.any(dim=1) & ~same.all(dim=1)).nonzero()[:, 0]
     if not len(anchors):
         return anchors, anchors.clone(), anchors.clone()
-    draw = [
-        torch.multinomial(mask[anchors].float(), 1, generator=generator)[:, 0]
+    place = same.device if generator is None else generator.device
+    positives, negatives = (
+        torch.multinomial(mask[anchors].float().to(place), 1, generator=generator)[:, 0]
         for mask in (positive, ~same)
-    ]
-    return anchors, draw[0], draw[1]
+    )
+    return anchors, positives.to(same.device), negatives.to(same.device)
 
 
 def _mine(

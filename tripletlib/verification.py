@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tripletlib._validation import check_count, check_labels, check_points
 from tripletlib.distances import distances_of, norm_of_rows
-from tripletlib.evaluation import Score
+from tripletlib.scores import Score
 
 _BLOCK_ELEMENTS = 2**22  # distances computed at once: 16 MB in float32
 _CURVE_POINTS = 1000  # of a ROC curve, for either kind of pair
@@ -162,9 +162,10 @@ class VerificationReport:
         """
         if not 0 <= far <= 1:
             raise ValueError(f"far must be between 0 and 1, got {far!r}")
-        allowed = int(far * self.different_pairs)
-        if (allowed + 1) / self.different_pairs <= far:  # the product was rounded down
-            allowed += 1
+        # By division, as the rate is computed: far * pairs may be rounded over a whole number.
+        allowed = bisect_right(
+            range(1, self.different_pairs + 1), far, key=lambda pairs: pairs / self.different_pairs
+        )
         if allowed >= self.different_pairs:
             return math.inf
         too_far = self.different_distances[allowed]
@@ -344,7 +345,8 @@ def pair_distances(
         Euclidean distances, not squared. They are computed in blocks: memory is that of the result
         and a few dozen megabytes.
     same : Tensor of bool, shape (pairs,)
-        Whether the two labels are equal.
+        Whether the two labels are equal. Both are on the device of the embeddings; the labels and
+        the generator may be elsewhere.
 
     Raises
     ------
@@ -356,7 +358,7 @@ def pair_distances(
     check_labels(labels, len(embeddings))
     if len(embeddings) < 2:
         raise ValueError(f"embeddings must hold at least two rows, got {len(embeddings)}")
-    embeddings = embeddings.detach()
+    embeddings, labels = embeddings.detach(), labels.to(embeddings.device)
     if count is None:
         return _all_pairs(embeddings, labels)
     check_count(count, "count")
@@ -383,9 +385,11 @@ def _drawn_pairs(
     embeddings: Tensor, labels: Tensor, count: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     n = len(embeddings)
-    first = torch.randint(n, (count,), generator=generator)
+    where = None if generator is None else generator.device
+    first = torch.randint(n, (count,), generator=generator, device=where)
     # Any but the first itself: so many places further on, around the end.
-    second = (first + torch.randint(1, n, (count,), generator=generator)) % n
+    second = (first + torch.randint(1, n, (count,), generator=generator, device=where)) % n
+    first, second = first.to(embeddings.device), second.to(embeddings.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, embeddings.shape[1]))
     parts = zip(first.split(step), second.split(step), strict=True)
     distances = [norm_of_rows((embeddings[a], embeddings[b]))[0] for a, b in parts]

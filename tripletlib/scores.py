@@ -1,20 +1,21 @@
-"""Measure embeddings by what their nearest neighbours say, with confidence intervals."""
+"""Scores with confidence intervals: what its nearest neighbours say of an embedding."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 
 import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from tripletlib._validation import check_count, check_labels, check_points
+from tripletlib._validation import check_labels, check_points
+from tripletlib.neighbours import KNNClassifier, Search, check_gallery, check_k
 
 _RESAMPLES = 1000
+_BLOCK_ROWS = 32  # small enough to share out among threads
 
 
 class Score(float):
@@ -71,44 +72,6 @@ class Score(float):
         return cls(values.mean(), low, high, len(values))
 
 
-class KNNClassifier:
-    """Classify queries by the majority among their k nearest gallery items.
-
-    What depends on the gallery alone is computed once. A query that comes alone is compared in full
-    only with the items that a bound cannot rule out, which gives the same neighbours and is fast.
-
-    Parameters
-    ----------
-    gallery : Tensor, floating point, shape (m, d)
-        Embeddings of known label, for instance those of the training images.
-    gallery_labels : Tensor of integers, shape (m,)
-        Their labels.
-    k : int, default 10
-        Neighbours that vote, each with one vote; of labels with as many votes the smallest wins,
-        as in scikit-learn's ``KNeighborsClassifier``. Distances are Euclidean.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument has the wrong type or shape, the gallery holds NaN or infinity, or `k`
-        exceeds it.
-    """
-
-    def __init__(self, gallery: Tensor, gallery_labels: Tensor, k: int = 10) -> None:
-        _check_gallery(gallery, gallery_labels)
-        _check_k(k, len(gallery))
-        self._search = _Search(gallery)
-        self._k = k
-        self._labels = gallery_labels.to(torch.int64)
-
-    def predict(self, embeddings: Tensor) -> Tensor:
-        """Return the predicted labels, int64 of shape (n,), of queries of shape (n, d)."""
-        winners = [self._labels.new_empty(0)]
-        for _, neighbours in self._search.nearest(embeddings, self._k):
-            winners.append(self._labels.take(neighbours).mode(dim=1).values)
-        return torch.cat(winners)
-
-
 def knn_accuracy(
     embeddings: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, k: int = 10
 ) -> Score:
@@ -136,7 +99,7 @@ def knn_accuracy(
     """
     _check_queries(embeddings, labels)
     predicted = KNNClassifier(gallery, gallery_labels, k).predict(embeddings)
-    return Score.of_successes(int((predicted == labels).sum()), len(labels))
+    return Score.of_successes(int((predicted.cpu() == labels.cpu()).sum()), len(labels))
 
 
 def recall_at_k(
@@ -177,10 +140,11 @@ def recall_at_k(
         is to search, or only one of `gallery` and `gallery_labels` is given.
     """
     gallery, gallery_labels, within = _where_to_search(embeddings, labels, gallery, gallery_labels)
-    _check_k(k, len(gallery) - within)
+    check_k(k, len(gallery) - within)
+    gallery_labels, labels = gallery_labels.cpu(), labels.cpu()
     found = sum(
-        int((gallery_labels[neighbours] == labels[rows, None]).any(dim=1).sum())
-        for rows, neighbours in _Search(gallery).nearest(embeddings, k, within=within)
+        int((gallery_labels[neighbours.cpu()] == labels[rows, None]).any(dim=1).sum())
+        for rows, neighbours in Search(gallery).nearest(embeddings, k, within=within)
     )
     return Score.of_successes(found, len(labels))
 
@@ -294,14 +258,40 @@ def _mean_at_r(
     if len(gallery) == 0:
         raise ValueError("gallery must hold at least one item, got none")
     # In the order of labels, a class is a stretch of queries and a stretch of the gallery.
-    order = labels.argsort(stable=True)
-    gallery_order = gallery_labels.argsort(stable=True)
-    labels, gallery_labels = labels[order].numpy(), gallery_labels[gallery_order].numpy()
-    search, values = _Search(gallery[gallery_order]), []
+    order, gallery_order = labels.argsort(stable=True), gallery_labels.argsort(stable=True)
+    labels = labels[order].cpu().numpy()
+    gallery_labels = gallery_labels[gallery_order].cpu().numpy()
+    queries = embeddings[order.to(embeddings.device)]
+    search = Search(gallery[gallery_order.to(gallery.device)], wide=True)
+    search.check(queries)
+    values = [np.empty(0)]
+
+    def at_r(
+        distances: np.ndarray, columns: slice, errors: np.ndarray | float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Measure each row, and say which rows its errors might have changed."""
+        own, others = _own_and_others(distances, columns, within)
+        most, least = measure(own - 2 * errors, others), measure(own + 2 * errors, others)
+        return most, ~((most == least) & np.isfinite(np.ravel(errors)))
+
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for rows, distances in search.distances(search.placed(embeddings[order]), within=within):
-            blocks = _blocks_of_one_class(distances.numpy(), labels[rows], gallery_labels)
-            values += pool.map(lambda block: measure(*_own_and_others(*block, within)), blocks)
+        for rows, distances, errors in search.distances(queries, within=within):
+            distances, errors = distances.cpu().numpy(), errors.cpu().numpy()[:, None]
+            blocks = list(_blocks_of_one_class(labels[rows], gallery_labels, within))
+            measured = pool.map(
+                at_r,
+                (distances[some] for some, _ in blocks),
+                (columns for _, columns in blocks),
+                (errors[some] for some, _ in blocks),
+            )
+            for (some, columns), (found, unsure) in zip(blocks, measured, strict=True):
+                if unsure.any():
+                    doubtful = rows.start + some.start + np.flatnonzero(unsure)
+                    exact = search.differences(queries[torch.from_numpy(doubtful)]).cpu().numpy()
+                    if within:
+                        exact[np.arange(len(exact)), doubtful] = np.inf
+                    found[unsure] = at_r(exact, columns)[0]
+                values.append(found)
     values = np.concatenate(values)
     if not len(values):
         raise ValueError("labels must share a class with what is searched, got no query that does")
@@ -309,16 +299,20 @@ def _mean_at_r(
 
 
 def _blocks_of_one_class(
-    distances: np.ndarray, labels: np.ndarray, gallery_labels: np.ndarray
-) -> Iterator[tuple[np.ndarray, slice]]:
-    """Yield the distances of a few queries of one class, and which columns are of that class."""
+    labels: np.ndarray, gallery_labels: np.ndarray, within: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Yield places of a few queries of one class, and which columns are of that class.
+
+    A class of which there is nothing to find is left out.
+    """
     classes = np.unique(labels)
     for label, start, stop in zip(
         classes, labels.searchsorted(classes), labels.searchsorted(classes, "right"), strict=True
     ):
         columns = slice(*(gallery_labels.searchsorted(label, side) for side in ("left", "right")))
-        for first in range(start, stop, _BLOCK_ROWS):
-            yield distances[first : min(first + _BLOCK_ROWS, stop)], columns
+        if columns.stop - columns.start > within:
+            for first in range(start, stop, _BLOCK_ROWS):
+                yield slice(first, min(first + _BLOCK_ROWS, stop)), columns
 
 
 def _own_and_others(
@@ -326,11 +320,9 @@ def _own_and_others(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sort the distances to the R items of the queries' class, and to the R nearest others.
 
-    Where there is nothing to find, no row is left. The distances are overwritten.
+    The distances are overwritten.
     """
     r = columns.stop - columns.start - within
-    if r <= 0:
-        return np.empty((0, 1)), np.empty((0, 1))
     # A query within the gallery is at infinity from itself, and sorted off.
     own = np.sort(distances[:, columns], axis=1)[:, :r]
     distances[:, columns] = np.inf
@@ -338,139 +330,11 @@ def _own_and_others(
     return own, np.sort(distances[:, :r], axis=1)
 
 
-_BLOCK_ROWS = 32  # small enough to share out among threads
-_CHUNK_ELEMENTS = 2**25  # of a distance matrix held at once: 128 MB in float32
-_LEADING_SHARE = 0.9  # less leaves more items to look at, more makes the first look longer
-
-
-class _Search:
-    """Euclidean distances to a gallery of at least one item."""
-
-    def __init__(self, gallery: Tensor) -> None:
-        gallery = gallery.detach().to(torch.promote_types(gallery.dtype, torch.float32))
-        # About their centre the points lie nearest to zero, where rounding hurts least. Rounded to
-        # a 32nd of their width or so, it keeps small whole numbers, and their ties, exact.
-        centre = gallery.mean(dim=0)
-        width = (gallery - centre).abs().max()
-        self.unit = torch.ldexp(torch.ones_like(width), width.frexp().exponent.clamp(min=-100))
-        self.centre = (32 * centre / self.unit).round() * self.unit / 32
-        self.items = (gallery - self.centre) / self.unit
-        self.squared_norms = self.items.square().sum(dim=1)
-        self.largest = float(self.squared_norms.max())
-
-    def placed(self, queries: Tensor) -> Tensor:
-        """Check queries, and move them as the items were."""
-        check_points(queries)
-        width = self.items.shape[1]
-        if queries.shape[1] != width:
-            raise ValueError(
-                f"embeddings must have the {width} columns of the gallery, got {queries.shape[1]}"
-            )
-        return (queries.detach().to(self.items.dtype) - self.centre) / self.unit
-
-    def distances(self, queries: Tensor, *, within: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Yield squared distances for slices of queries, each block in the memory of the last.
-
-        They are in a unit of their own and lack the query's squared norm; along a row that does not
-        change the order. The queries are as `placed` returns them. With `within`, they are the
-        gallery, and each is at infinity from itself.
-        """
-        rows_at_once = max(1, _CHUNK_ELEMENTS // len(self.items))
-        memory = queries.new_empty(min(rows_at_once, len(queries)), len(self.items))
-        for start in range(0, len(queries), rows_at_once):
-            rows = slice(start, min(start + rows_at_once, len(queries)))
-            block = memory[: rows.stop - start]
-            torch.addmm(self.squared_norms, queries[rows], self.items.T, alpha=-2, out=block)
-            if within:
-                block.diagonal(start).fill_(torch.inf)
-            yield rows, block
-
-    def nearest(
-        self, queries: Tensor, k: int, *, within: bool = False
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the indices of the k nearest gallery items, nearest first, for slices of queries.
-
-        `within` is as for `distances`.
-        """
-        queries = self.placed(queries)
-        # Where the gallery overflows its type there are no axes to be found.
-        if len(queries) == 1 and not within and math.isfinite(self.largest):
-            yield slice(0, 1), self._nearest_to_one(queries, k)
-            return
-        for rows, distances in self.distances(queries, within=within):
-            yield rows, distances.topk(k, dim=1, largest=False).indices
-
-    @np.errstate(over="ignore", invalid="ignore")
-    def _nearest_to_one(self, query: Tensor, k: int) -> Tensor:
-        """Return the indices of shape (1, k) that `nearest` yields, reading little of the gallery.
-
-        No item is nearer than its short form is to the query's. So the distances of any k items
-        tell which short forms are too far, and the others are few.
-        """
-        items, point = self.items.numpy(), query.numpy()
-        short = torch.from_numpy(self._shortened(point))
-        bounds = torch.addmm(self.squared_norms, short, self._short_items, alpha=-2)[0].numpy()
-
-        def squared_distances(chosen: np.ndarray) -> np.ndarray:
-            return np.square(items[chosen] - point).sum(axis=1)
-
-        # k items that are near: of stretches of the gallery the nearest, of those the k nearest.
-        stretch = max(1, len(items) // max(k, 256))
-        stretches = bounds[: len(items) // stretch * stretch].reshape(-1, stretch)
-        best = stretches.min(axis=1).argpartition(k - 1)[:k]
-        best = best * stretch + stretches[best].argmin(axis=1)
-        square = np.square(point).sum()
-        rounding = 4 * point.size * np.finfo(point.dtype).eps * (square + self.largest)
-        limit = squared_distances(best).max() - square + rounding
-        near = np.flatnonzero(~(bounds > limit))  # not <=: a NaN, of overflow, rules nothing out
-        if len(near) > max(k, len(items) // 16):  # the query is far from all
-            return next(self.distances(query))[1].topk(k, largest=False).indices
-        nearest = near[squared_distances(near).argsort(kind="stable")[:k]]
-        return torch.from_numpy(nearest)[None]
-
-    @cached_property
-    def _axes(self) -> tuple[np.ndarray, int]:
-        """Orthonormal axes as columns, and how many lead.
-
-        Those along which the items vary most come first, and so many lead as hold most of it.
-        """
-        squares, axes = torch.linalg.eigh((self.items.T @ self.items).double())
-        squares, axes = squares.flip(0).cumsum(dim=0), axes.flip(1).to(self.items.dtype)
-        leading = int((squares < _LEADING_SHARE * squares[-1]).sum()) + 1
-        return axes.numpy(), min(leading, len(squares) - 1)
-
-    @cached_property
-    def _short_items(self) -> Tensor:
-        """The items' short forms as columns, so that a query adds up whole rows."""
-        return torch.from_numpy(self._shortened(self.items.numpy())).T.contiguous()
-
-    def _shortened(self, points: np.ndarray) -> np.ndarray:
-        """Turn points to the axes; replace what follows the leading coordinates by its length.
-
-        By the Cauchy-Schwarz inequality that brings no two points farther apart.
-        """
-        axes, leading = self._axes
-        turned = points @ axes
-        turned[:, leading] = np.linalg.norm(turned[:, leading:], axis=1)
-        return turned[:, : leading + 1]
-
-
 def _check_queries(embeddings: Tensor, labels: Tensor) -> None:
     check_points(embeddings)
     check_labels(labels, len(embeddings))
     if len(labels) == 0:
         raise ValueError("embeddings must hold at least one query, got none")
-
-
-def _check_gallery(gallery: Tensor, gallery_labels: Tensor) -> None:
-    check_points(gallery, "gallery")
-    check_labels(gallery_labels, len(gallery), "gallery_labels", of="gallery")
-
-
-def _check_k(k: int, items: int) -> None:
-    check_count(k, "k")
-    if k > items:
-        raise ValueError(f"k must be at most the {items} items to search, got {k}")
 
 
 def _where_to_search(
@@ -482,5 +346,5 @@ def _where_to_search(
         raise ValueError("gallery and gallery_labels must be given together, got one of them")
     if gallery is None:
         return embeddings, labels, True
-    _check_gallery(gallery, gallery_labels)
+    check_gallery(gallery, gallery_labels)
     return gallery, gallery_labels, False

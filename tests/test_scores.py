@@ -5,15 +5,17 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES, FAKE, FakeDevice, NoDouble
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from scipy.stats import beta, bootstrap
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neighbors import NearestNeighbors
+from test_neighbours import LABELS, POINTS, clusters
 
-import tripletlib.evaluation
+import tripletlib.neighbours
+import tripletlib.scores
 from tripletlib import (
-    KNNClassifier,
     Score,
     knn_accuracy,
     mean_average_precision_at_r,
@@ -24,134 +26,17 @@ from tripletlib import (
 AT_R = (r_precision, mean_average_precision_at_r)
 
 
-def clusters(count, dimensions=8, classes=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (count,), generator=generator)
-    centres = torch.randn(classes, dimensions, generator=torch.Generator().manual_seed(99))
-    return centres[labels] + torch.randn(count, dimensions, generator=generator), labels
-
-
-@pytest.mark.parametrize("k", [1, 2, 7, 30])
-def test_knn_equals_scikit_learn(k):
-    gallery, gallery_labels = clusters(300)
-    queries, labels = clusters(200, seed=1)
-    reference = KNeighborsClassifier(k).fit(gallery.numpy(), gallery_labels.numpy())
-    predicted = KNNClassifier(gallery, gallery_labels, k).predict(queries)
-    assert predicted.tolist() == reference.predict(queries.numpy()).tolist()
-    accuracy = knn_accuracy(queries, labels, gallery, gallery_labels, k=k)
-    assert accuracy == pytest.approx(reference.score(queries.numpy(), labels.numpy()))
-
-
-def test_knn_is_right_far_from_the_origin():
-    gallery, gallery_labels = clusters(300)
-    queries, _ = clusters(200, seed=1)
-    near = KNNClassifier(gallery.double(), gallery_labels, 5).predict(queries.double())
-    far = KNNClassifier(gallery + 1000, gallery_labels, 5).predict(queries + 1000)
-    assert (near == far).float().mean() > 0.99
-
-
-def test_labels_of_any_value_come_back_and_ties_go_to_the_smallest():
-    gallery = torch.tensor([[0.0], [1.0]])
-    classifier = KNNClassifier(gallery, torch.tensor([70, -5]), k=2)
-    assert classifier.predict(torch.tensor([[0.1], [0.9]])).tolist() == [-5, -5]
-    classifier = KNNClassifier(gallery, torch.tensor([70, -5]), k=1)
-    assert classifier.predict(torch.tensor([[0.1], [0.9]])).tolist() == [70, -5]
-
-
 def test_chunks_do_not_change_the_answer(monkeypatch):
     gallery, gallery_labels = clusters(100)
     queries, labels = clusters(50, seed=1)
     whole = knn_accuracy(queries, labels, gallery, gallery_labels)
     whole_recall = recall_at_k(gallery, gallery_labels, k=3)
     whole_at_r = [at_r(gallery, gallery_labels) for at_r in AT_R]
-    monkeypatch.setattr(tripletlib.evaluation, "_CHUNK_ELEMENTS", 700)
-    monkeypatch.setattr(tripletlib.evaluation, "_BLOCK_ROWS", 2)
+    monkeypatch.setattr(tripletlib.neighbours, "_CHUNK_BYTES", 2800)
+    monkeypatch.setattr(tripletlib.scores, "_BLOCK_ROWS", 2)
     assert knn_accuracy(queries, labels, gallery, gallery_labels) == whole
     assert recall_at_k(gallery, gallery_labels, k=3) == whole_recall
     assert [at_r(gallery, gallery_labels) for at_r in AT_R] == pytest.approx(whole_at_r)
-
-
-def test_one_query_at_a_time_gives_the_same_answers():
-    gallery, gallery_labels = clusters(100)
-    queries, _ = clusters(20, seed=1)
-    classifier = KNNClassifier(gallery, gallery_labels)
-    alone = torch.cat([classifier.predict(query[None]) for query in queries])
-    assert torch.equal(alone, classifier.predict(queries))
-    assert classifier.predict(queries[:0]).shape == (0,)
-
-
-def scattered(kind, generator):
-    """Return a gallery of 2 000 and queries among which the search for one has work to do."""
-    points = torch.randn(2010, 12, generator=generator)
-    if kind == "tight classes":
-        points = 5 * torch.eye(12)[torch.randint(7, (2010,), generator=generator)] + points / 20
-    elif kind == "flat":
-        points[:, 2:] *= 1e-3
-    elif kind == "ties":
-        points = points.round()
-    elif kind == "one point":
-        points[:2000] = 1.0
-    elif kind == "no spread":
-        points[:] = 0.0
-    elif kind == "far queries":
-        points[2000:] *= 1000
-    elif kind == "one column":
-        points = points[:, :1].contiguous()
-    elif kind == "tiny":
-        points *= 1e-30
-    elif kind == "huge":
-        points *= 1e30
-    return points[:2000], points[2000:]
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "round",
-        "tight classes",
-        "flat",
-        "ties",
-        "one point",
-        "no spread",
-        "far queries",
-        "one column",
-        "tiny",
-        "huge",
-    ],
-)
-@pytest.mark.parametrize("k", [1, 10, 400, 2000])
-def test_the_search_for_one_query_finds_the_k_nearest(kind, k):
-    gallery, queries = scattered(kind, torch.Generator().manual_seed(k))
-    for dtype in (torch.float32, torch.float64):
-        search = tripletlib.evaluation._Search(gallery.to(dtype))
-        exact = (queries[:, None].double() - gallery.double()).square().sum(dim=2)
-        rounding = 8 * torch.finfo(dtype).eps * float(exact.max())
-        for query, distances in zip(queries.to(dtype), exact, strict=True):
-            ((_, (found,)),) = search.nearest(query[None], k)
-            assert len(found.unique()) == k
-            nearest = distances.sort().values[:k]
-            torch.testing.assert_close(distances[found], nearest, atol=rounding, rtol=0)
-
-
-def test_the_search_for_one_query_looks_at_few_items(monkeypatch):
-    gallery, queries = scattered("flat", torch.Generator().manual_seed(0))
-    search = tripletlib.evaluation._Search(gallery)
-    assert len(search._short_items) == 3  # of 12: two axes, and a length for the others
-    monkeypatch.setattr(search, "distances", None)  # all of them
-    for query in queries:
-        next(search.nearest(query[None], 10))
-
-
-@pytest.mark.parametrize("size", [1e-10, 1.0, 1e38])
-def test_a_query_out_of_reach_of_float32_gets_an_answer(size):
-    classifier = KNNClassifier(POINTS * 1e-30, LABELS, k=3)
-    assert classifier.predict(POINTS[:1] * size).shape == (1,)
-
-
-def test_a_gallery_out_of_reach_of_float32_gives_answers():
-    classifier = KNNClassifier(POINTS.sign() * 3e38, LABELS, k=3)
-    assert classifier.predict(POINTS[:1]).shape == (1,)
-    assert classifier.predict(POINTS).shape == (10,)
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -338,9 +223,6 @@ def test_a_score_is_a_float_that_says_its_interval():
         )
 
 
-POINTS, LABELS = clusters(10)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -384,3 +266,61 @@ def test_scores_can_be_averaged_and_a_mean_has_no_interval():
     assert statistics.mean(scores) == pytest.approx(0.8)
     assert repr(Score(0.8)) == "80.00%"
     assert "interval" in repr(scores[0])
+
+
+def test_tiny_clusters_in_a_wide_cloud_are_told_apart():
+    labels = torch.arange(200) % 4
+    points = 5e-6 * torch.randn(200, 16)
+    points[:, 0] += torch.tensor([-1.0, -1, 1, 1])[labels]
+    points[:, 1] += torch.tensor([-1e-4, 1e-4, -1e-4, 1e-4])[labels]
+    for dtype in (torch.float32, torch.float64):
+        case = (points.to(dtype), labels)
+        assert recall_at_k(*case) == 1.0
+        assert knn_accuracy(*case, *case, k=5) == 1.0
+        assert [at_r(*case) for at_r in AT_R] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("at_r", AT_R)
+def test_identical_points_of_two_classes_tie(at_r, dtype):
+    gallery = torch.randn(40, 37, dtype=dtype).repeat(2, 1)
+    labels = torch.arange(80) // 40
+    # The nearest own item is as near as the same point of the other class, which comes first.
+    assert at_r(gallery[:1], labels[:1], gallery[[0, 40]], labels[[0, 40]]) == 0.0
+    expected = by_definition(gallery, labels, gallery, labels, within=False)
+    assert at_r(gallery, labels, gallery, labels) == pytest.approx(
+        expected[:, AT_R.index(at_r)].mean(), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e30, 1e38])
+def test_extreme_sizes_give_the_same_scores(size):
+    points, labels = clusters(100)
+    points = points.clamp(-3, 3)
+    for at_r in AT_R:
+        assert at_r(points * size, labels) == pytest.approx(at_r(points, labels))
+
+
+def every_score(queries, labels, gallery, gallery_labels):
+    case = (queries, labels, gallery, gallery_labels)
+    scores = [knn_accuracy(*case), recall_at_k(*case, k=3), *(at_r(*case) for at_r in AT_R)]
+    scores += [recall_at_k(*case[:2]), *(at_r(*case[:2]) for at_r in AT_R)]
+    return [(score, score.low, score.high) for score in scores]
+
+
+def test_autocast_and_a_device_without_float64_change_no_score():
+    case = (*clusters(60), *clusters(150, seed=1))
+    plain = every_score(*case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert every_score(*case) == plain
+    with NoDouble():
+        assert every_score(*case) == plain
+
+
+@pytest.mark.parametrize("device", [*DEVICES, FAKE])
+@pytest.mark.parametrize("moved", [(0, 1, 2, 3), (0, 2), (1, 3), (0, 3)])
+def test_scores_work_on_any_device_and_labels_may_be_elsewhere(device, moved):
+    case = (*clusters(60), *clusters(150, seed=1))
+    with FakeDevice():
+        placed = [of.to(device) if i in moved else of for i, of in enumerate(case)]
+        assert every_score(*placed) == every_score(*case)

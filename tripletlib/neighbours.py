@@ -1,0 +1,222 @@
+"""Exact nearest neighbours in blocks, and the classifier that lets them vote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tripletlib._precision import no_autocast, widest
+from tripletlib._validation import check_count, check_labels, check_points
+
+_CHUNK_BYTES = 2**27  # of a distance matrix held at once
+_DIFFERENCES = 2**21  # of coordinates, held at once
+_SPARE = 22  # candidates beside the k, so that most queries need no second look
+_MOST = 8  # of the gallery that fraction; with more candidates, all of it is compared
+
+
+class KNNClassifier:
+    """Classify queries by the majority among their k nearest gallery items.
+
+    What depends on the gallery alone is computed once. Distances are exact to rounding in float64
+    (float32 on a device without it), however close the points; of items at the same distance the
+    first in the gallery is taken. A query gets the same answer alone and in a batch.
+
+    Parameters
+    ----------
+    gallery : Tensor, floating point, shape (m, d)
+        Embeddings of known label, for instance those of the training images.
+    gallery_labels : Tensor of integers, shape (m,)
+        Their labels.
+    k : int, default 10
+        Neighbours that vote, each with one vote; of labels with as many votes the smallest wins,
+        as in scikit-learn's ``KNeighborsClassifier``. Distances are Euclidean.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type or shape, the gallery holds NaN or infinity, or `k`
+        exceeds it.
+    """
+
+    def __init__(self, gallery: Tensor, gallery_labels: Tensor, k: int = 10) -> None:
+        check_gallery(gallery, gallery_labels)
+        check_k(k, len(gallery))
+        self._search = Search(gallery)
+        self._k = k
+        self._labels = gallery_labels.to(torch.int64)
+
+    def predict(self, embeddings: Tensor) -> Tensor:
+        """Return the predicted labels, int64 of shape (n,), of queries of shape (n, d).
+
+        They are on the device of the gallery's labels.
+        """
+        winners = [self._labels.new_empty(0)]
+        for _, neighbours in self._search.nearest(embeddings, self._k):
+            votes = self._labels.take(neighbours.to(self._labels.device))
+            winners.append(votes.mode(dim=1).values)
+        return torch.cat(winners)
+
+
+class Search:
+    """Exact Euclidean distances to a gallery of at least one item.
+
+    A matrix product is quick and loses close points to rounding. So it only rules out, by a bound
+    of its error, what is certainly too far; what is left is told apart by differences of
+    coordinates, in the widest type. A query finds the same alone and in company.
+
+    Parameters
+    ----------
+    gallery : Tensor, floating point, shape (m, d)
+        The items, checked before.
+    wide : bool, default False
+        Whether the matrix product, too, is in the widest type.
+    """
+
+    def __init__(self, gallery: Tensor, *, wide: bool = False) -> None:
+        self.gallery = gallery.detach()
+        self._widest = widest(gallery.device)
+        dtype = self._widest if wide else torch.promote_types(gallery.dtype, torch.float32)
+        # A power of two divides without rounding; the items' coordinates become 4 at the most.
+        size = max(float(self.gallery.abs().max()), 4 * torch.finfo(gallery.dtype).tiny)
+        self._unit = math.ldexp(1.0, math.frexp(size)[1] - 2)
+        self._items = self.gallery.to(dtype, copy=True).div_(self._unit)
+        # About their centre the points lie nearest to zero, where rounding hurts least.
+        self._centre = self._items.mean(dim=0)
+        self._items -= self._centre
+        self._squared_norms = self._items.square().sum(dim=1)
+        self._largest = self._squared_norms.max()
+        # As columns, so that a query that comes alone adds up whole rows.
+        self._items = self._items.T.contiguous()
+
+    def distances(
+        self, queries: Tensor, *, within: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield squared distances for slices of queries, each block in the memory of the last.
+
+        They are in a unit of their own and lack the query's squared norm; along a row that does not
+        change the order. With them comes, for each query, how much they may be wrong, which is not
+        finite where they are not. With `within`, the queries are the gallery, and each is at
+        infinity from itself.
+        """
+        points = self._placed(queries).sub_(self._centre).to(self._items.dtype)
+        squares = points.square().sum(dim=1)
+        # By the usual bound of an inner product's error, d halves of an epsilon for |x| |y|, of
+        # which there are two; the rest is for what is rounded before and after.
+        inner = points.shape[1] * (squares * self._largest).sqrt()
+        errors = torch.finfo(points.dtype).eps * (inner + 8 * (squares + self._largest))
+        rows_at_once = max(1, _CHUNK_BYTES // (points.element_size() * len(self.gallery)))
+        memory = points.new_empty(min(rows_at_once, len(points)), len(self.gallery))
+        for start in range(0, len(points), rows_at_once):
+            rows = slice(start, min(start + rows_at_once, len(points)))
+            block = memory[: rows.stop - start]
+            with no_autocast(block.device):
+                torch.addmm(self._squared_norms, points[rows], self._items, alpha=-2, out=block)
+            if within:
+                block.diagonal(start).fill_(torch.inf)
+            yield rows, block, errors[rows]
+
+    def check(self, queries: Tensor) -> None:
+        """Refuse queries that have not the columns of the gallery."""
+        check_points(queries)
+        width = self.gallery.shape[1]
+        if queries.shape[1] != width:
+            raise ValueError(
+                f"embeddings must have the {width} columns of the gallery, got {queries.shape[1]}"
+            )
+
+    def differences(self, queries: Tensor) -> Tensor:
+        """Return distances of shape (n, m) from differences of coordinates, in the same unit.
+
+        Equal ones are those of equal items, whichever the query.
+        """
+        points = self._placed(queries)
+        pieces = self.gallery.split(max(1, _DIFFERENCES // max(1, points.shape[1])))
+        with no_autocast(points.device):
+            return torch.cat([_lengths(points, self._placed(piece)) for piece in pieces], dim=1)
+
+    def nearest(
+        self, queries: Tensor, k: int, *, within: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the indices of the k nearest gallery items, nearest first, for slices of queries.
+
+        Of items at the same distance the first in the gallery counts as nearer. `within` is as for
+        `distances`.
+        """
+        self.check(queries)
+        queries = queries.to(self.gallery.device)
+        for rows, block, errors in self.distances(queries, within=within):
+            found = torch.empty(len(block), k, dtype=torch.int64, device=block.device)
+            left, width = torch.arange(rows.start, rows.stop, device=block.device), k + _SPARE
+            while len(left) and _MOST * width < len(self.gallery):
+                values, indices = block.topk(width, largest=False)
+                # Whatever is not among them is farther than k of them.
+                sure = values[:, -1] - values[:, k - 1] > 2 * errors
+                if sure.all():
+                    found[left - rows.start] = self._sorted(queries[left], indices, k)
+                    left = left[:0]
+                    break
+                chosen = left[sure]
+                found[chosen - rows.start] = self._sorted(queries[chosen], indices[sure], k)
+                left, block, errors = left[~sure], block[~sure], errors[~sure]
+                width *= 4
+            step = max(1, _DIFFERENCES // len(self.gallery))
+            for few in left.split(step) if len(left) else ():
+                itself = few if within else None
+                found[few - rows.start] = self._by_differences(queries[few], k, itself)
+            yield rows, found
+
+    def _placed(self, points: Tensor) -> Tensor:
+        """Bring points to the gallery's device, unit and widest type, and within its range.
+
+        What is brought within range is so far away that all distances to it are equal.
+        """
+        points = points.detach().to(self.gallery.device, self._widest) / self._unit
+        far = torch.finfo(self._widest).max ** 0.25
+        return points.clamp_(-far, far)
+
+    def _sorted(self, queries: Tensor, indices: Tensor, k: int) -> Tensor:
+        """Of the items at those indices of shape (n, width), return the k nearest to each query."""
+        indices = indices.sort(dim=1).values
+        rows_at_once = max(1, _DIFFERENCES // (indices.shape[1] * max(1, queries.shape[1])))
+        lengths = [
+            _lengths(self._placed(some)[:, None], self._placed(self.gallery[few]))[:, 0]
+            for some, few in zip(
+                queries.split(rows_at_once), indices.split(rows_at_once), strict=True
+            )
+        ]
+        return indices.gather(1, _order(torch.cat(lengths))[:, :k])
+
+    def _by_differences(self, queries: Tensor, k: int, itself: Tensor | None) -> Tensor:
+        """Return the k nearest of the whole gallery, but for the items themselves if given."""
+        distances = self.differences(queries)
+        if itself is not None:
+            distances.scatter_(1, itself[:, None], torch.inf)
+        farthest = distances.topk(k, largest=False).values[:, -1:]
+        nearer, equal = distances < farthest, distances == farthest
+        equal &= equal.cumsum(dim=1) <= k - nearer.sum(dim=1, keepdim=True)
+        indices = (nearer | equal).nonzero()[:, 1].view(-1, k)
+        return indices.gather(1, _order(distances.gather(1, indices)))
+
+
+def _lengths(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _order(distances: Tensor) -> Tensor:
+    return distances.sort(dim=1, stable=True).indices
+
+
+def check_gallery(gallery: Tensor, gallery_labels: Tensor) -> None:
+    """Refuse anything but embeddings, each with its label."""
+    check_points(gallery, "gallery")
+    check_labels(gallery_labels, len(gallery), "gallery_labels", of="gallery")
+
+
+def check_k(k: int, items: int) -> None:
+    """Refuse to look for more neighbours than there are items."""
+    check_count(k, "k")
+    if k > items:
+        raise ValueError(f"k must be at most the {items} items to search, got {k}")

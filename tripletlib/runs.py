@@ -1,0 +1,81 @@
+"""Trained networks from this machine's cache, where the very same run was made before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tripletlib._cache import cache_folder
+from tripletlib._validation import check_count, warn
+from tripletlib.checkpoints import CANNOT_KEEP, CachedRun
+from tripletlib.training import History, fit, materialise
+
+
+def load_or_fit(
+    make_network: Callable[[], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int = 0,
+    retrain: bool = False,
+    **options: object,
+) -> tuple[nn.Module, History]:
+    """Return a trained network, from this machine's cache if the very same run was made before.
+
+    If anything of what a run is known by changes, the network is trained anew; see Notes. Where
+    the cache cannot be written, a warning says so and the network is trained each time. A damaged
+    file in it is replaced, with a warning.
+
+    Parameters
+    ----------
+    make_network : callable
+        Builds the untrained network, for instance ``EmbeddingNet``.
+    images, labels : Tensor
+        As for `fit`.
+    seed : int, default 0
+        Fixes the initial weights too.
+    retrain : bool, default False
+        Train even if the cache has the run, and keep the new one.
+    **options
+        What else `fit` takes, but `checkpoint`.
+
+    Returns
+    -------
+    network : nn.Module
+        Trained, in evaluation mode.
+    history : History
+        How it was trained.
+
+    Notes
+    -----
+    A run is known by all that determines its result:
+
+    - images and labels, number for number;
+    - what `make_network` built: its initial weights, all its attributes, and its code;
+    - the loss, the augmentation and the batch sampler, with their attributes (whether ``repr``
+      prints them or not), closures, default arguments and random generators, and the code of their
+      classes and functions, down to the global names and the reader's own modules that they use;
+    - the other settings of `fit`, the code of this package, the versions of Python and torch, and
+      of other installed libraries where the above uses them.
+
+    What holds something that cannot be told from others of its kind (a lock, an open file, compiled
+    code) is trained each time, and a warning names it. Not looked at are the `callback`, which
+    watches, files of which only the path is held, and machine and threads, which may round
+    differently.
+    """
+    if "checkpoint" in options:
+        raise TypeError("load_or_fit keeps its own checkpoint; with one of yours, use fit")
+    check_count(seed, "seed", low=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = make_network()
+        materialise(network, images)
+    try:
+        kept = CachedRun(cache_folder() / "networks", anew=retrain)
+    except OSError as error:  # there is no home folder
+        warn(CANNOT_KEEP.format(error=error))
+        kept = None
+    history = fit(network, images, labels, seed=seed, checkpoint=kept, **options)
+    return network, history
