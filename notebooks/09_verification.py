@@ -267,7 +267,7 @@ assert mine.auc > max(result.auc for result in others) + 0.03
 assert reports["trained on 5–9"].equal_error_rate < 0.2 * mine.equal_error_rate
 
 # %% [markdown]
-# Two lessons. Knowing zero to four does help to tell five from nine: the EER falls from more than a third to little more than a quarter. But the way to the green curve is long. What
+# Two lessons. Knowing zero to four does help to tell five from nine: the EER falls from more than a third (pixels, PCA, random weights) to three in ten. But the way to the green curve is long. What
 # a loss over five classes needs to see is what tells *those five* apart; the rest it may throw away. (Chapter 4's network looks so good because its test digits were in its
 # training.)
 
@@ -563,7 +563,7 @@ assert 0.8 < alarms_a_query[-1] / (rate * crowd[-1]) < 1.25
 assert alarmed[-1] < 0.9 * (1 - (1 - rate) ** crowd[-1])
 
 # %% [markdown]
-# The false accepts follow N · FAR (the FAR measured here; another set of images, so not quite 0.1 %). They are not shared out evenly: the solid blue line stays below the dashed one, because some images are taken for anybody and most for
+# The false accepts follow N · FAR (the FAR measured here; another set of images, so not quite 0.1 %). They are not shared out evenly: from some hundred strangers on, the solid blue line lies below the dashed one, because some images are taken for anybody and most for
 # nobody. That is the clumping that made the intervals too narrow.
 
 # %% [markdown]
@@ -705,7 +705,7 @@ let_in = {name: result.at(limit).false_accept_rate for name, result in open_set.
 assert let_in["products"] < 0.7 * let_in["digits 8, 9"]
 
 # %% [markdown]
-# At a price of some 6 % of the members, most products are refused, and most eights and nines are let in. A threshold refuses what is *strange*, and to a network that knows no 8 an 8 is not
+# At a price of some 7 % of the members, most products are refused, and most eights and nines are let in. A threshold refuses what is *strange*, and to a network that knows no 8 an 8 is not
 # strange. There is no free lunch on the right either: to keep out four in five of these digits, it would have to refuse one member in five.
 #
 # Note that not exactly 5 % of the members were refused. The test images are by other writers than those on the shelf, and the interval says how much of the difference may be chance.

@@ -22,9 +22,10 @@ def widest(device: torch.device) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Make matrix products keep the precision of what they are given, inside an autocast too."""
-    if not torch.amp.is_autocast_available(device.type):
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

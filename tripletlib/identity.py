@@ -43,7 +43,7 @@ def identify(**things: object) -> Identity:
     What an object holds counts (in attributes, slots, closures, default arguments, the keywords of
     a ``functools.partial``), and so does its code: that of its class and of the functions that it
     reaches, with the global names that they use. Of installed libraries and of the standard library
-    names and versions count. Neither names of files, line numbers and comments nor addresses and the
+    names and versions count. Neither file names, line numbers and comments nor addresses and the
     order of sets do.
 
     Raises
@@ -411,7 +411,10 @@ def set_state(thing: object, state: object) -> None:
     elif isinstance(thing, random.Random):
         thing.setstate(state)
     else:
-        getattr(thing, "__dict__", {}).update(state)
+        mine = getattr(thing, "__dict__", {})
+        for name, value in state.items():
+            is_tensor = isinstance(value, Tensor) and isinstance(mine.get(name), Tensor)
+            mine[name] = value.to(mine[name].device) if is_tensor else value
 
 
 def _with_lists(state: dict) -> dict:
