@@ -83,6 +83,7 @@ def test_notebook_was_run_once_in_order_without_error(script):
         expected = "raises-exception" in cell.metadata.get("tags", [])
         assert output.output_type != "error" or expected, cell.source
         assert output.get("name") != "stderr", output.text
+        assert "\r" not in text_of(output), "a bar is kept in its last state"
 
 
 @chapters
