@@ -89,7 +89,37 @@ def closure(margin):
     return lambda embeddings, labels: TripletLoss(margin)(embeddings, labels)
 
 
+class Shift(nn.Module):
+    """An augmentation that is a module, with a number in a buffer that training moves."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(float(value)))
+
+    def forward(self, images):
+        self.mean += 0.01 * images.mean()
+        return images - self.mean
+
+
+class Taught(TripletLoss):
+    """A loss with a teacher that a list hides from torch, and that follows what it sees."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.teacher = [nn.Linear(3, 1).requires_grad_(False)]
+        nn.init.constant_(self.teacher[0].weight, value)
+        nn.init.constant_(self.teacher[0].bias, value)
+
+    def forward(self, embeddings, labels):
+        self.teacher[0].weight.lerp_(embeddings.detach().mean(dim=0, keepdim=True), 0.1)
+        return super().forward(embeddings + self.teacher[0](embeddings), labels)
+
+
 DIFFERENT = {
+    "function": lambda v: {"augment": torch.sin if v < 0.3 else torch.cos},
+    "python function": lambda v: {"augment": nn.functional.silu if v < 0.3 else nn.functional.elu},
+    "module": lambda v: {"augment": Shift(v)},
+    "teacher": lambda v: {"loss": Taught(v)},
     "closure": lambda v: {"loss": closure(v)},
     "partial": lambda v: {"loss": functools.partial(batch_all_triplet_loss, margin=v)},
     "library": lambda v: {"loss": pml_losses.TripletMarginLoss(margin=v)},

@@ -92,6 +92,15 @@ def test_autocast_changes_nothing(dtype):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_pixels_not_places(dtype):
+    images = torch.randn(6, 1, 64, 64).to(dtype)
+    torch.manual_seed(0)
+    expected = jitter(images.float())
+    torch.manual_seed(0)
+    assert torch.equal(jitter(images), expected.to(dtype))
+
+
 def test_on_a_device_of_its_own_without_float64():
     images = torch.randn(6, 1, 12, 10)
     torch.manual_seed(0)

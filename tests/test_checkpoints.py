@@ -1,5 +1,6 @@
 import copy
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from problems import (
     IMAGES,
     LABELS,
     Locked,
+    Shift,
     SmallNet,
     Stop,
+    Taught,
     fitted,
     same_weights,
     stop_at,
@@ -246,6 +249,44 @@ def test_what_a_checkpoint_cannot_hold_is_told(tmp_path):
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("make", [lambda: {"augment": Shift(0)}, lambda: {"loss": Taught(0.1)}])
+def test_a_broken_run_resumes_with_weights_that_are_not_the_networks(make, tmp_path):
+    whole, _ = fitted(epochs=3, **make())
+    with pytest.raises(Stop):
+        fitted(epochs=3, checkpoint=tmp_path / "run.pt", callback=stop_at(10), **make())
+    again, _ = fitted(epochs=3, checkpoint=tmp_path / "run.pt", **make())
+    assert same_weights(again, whole)
+
+
+def test_nothing_is_told_of_a_run_that_does_not_go_on(tmp_path):
+    sampled(batch_sampler=Remembering(), checkpoint=tmp_path / "run.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampled(batch_sampler=Remembering(), checkpoint=tmp_path / "run.pt")
+
+
+def test_numbers_of_numpy_are_kept_like_pythons(tmp_path):
+    def note(history):
+        history.rows[-1]["accuracy"] = np.float64(0.5)
+
+    numbers = {"epochs": np.int64(2), "batch_size": np.int64(16), "seed": np.int64(1)}
+    numbers["learning_rate"] = np.float32(1e-3)
+    path = tmp_path / "run.pt"
+    first, history = fitted(checkpoint=path, callback=note, **numbers)
+    again, same = fitted(checkpoint=path, callback=stop_at(1), **numbers)
+    assert same_weights(first, again)
+    assert same["accuracy"].tolist() == history["accuracy"].tolist()
+    python = {name: number.item() for name, number in numbers.items()}
+    fitted(checkpoint=path, callback=stop_at(1), **python)
+
+
+def test_a_folder_knows_a_run_without_a_seed_again(tmp_path):
+    first, _ = fitted(seed=None, checkpoint=tmp_path)
+    again, _ = fitted(seed=None, checkpoint=tmp_path, callback=stop_at(1))
+    assert same_weights(first, again)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_seed_left_out_is_remembered(tmp_path):
     network = SmallNet()
     fitted(network, seed=None, checkpoint=tmp_path / "run.pt")
@@ -292,9 +333,9 @@ def test_runs_that_differ_in_what_no_text_shows_are_told_apart(options, tmp_path
 
 
 def test_a_run_that_cannot_be_told_from_others_is_taken_at_its_word_from_a_file_only(tmp_path):
-    with pytest.warns(UserWarning, match=r"taken to be of this run, .* by loss.lock, of type"):
-        first, _ = fitted(loss=Locked(), checkpoint=tmp_path / "run.pt")
-    with pytest.warns(UserWarning, match="taken to be of this run") as caught:
+    first, _ = fitted(loss=Locked(), checkpoint=tmp_path / "run.pt")
+    match = r"taken to be of this run, .* by loss.lock, of type .*, nor how that changed"
+    with pytest.warns(UserWarning, match=match) as caught:
         again, _ = fitted(loss=Locked(), checkpoint=tmp_path / "run.pt", callback=stop_at(1))
     assert same_weights(first, again)
     assert len(caught) == 1

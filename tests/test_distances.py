@@ -9,7 +9,7 @@ from devices import DEVICES, FAKE, FakeDevice, NoDouble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tripletlib.distances import pairwise_distances
+from tripletlib.distances import norm_of_rows, pairwise_distances, roots_of_squares
 
 
 def reference(x, y=None, squared=False):
@@ -304,3 +304,22 @@ def test_every_device_equals_the_cpu(device):
     got = pairwise_distances(x.to(device))
     assert got.device.type == device
     torch.testing.assert_close(got.cpu(), pairwise_distances(x), rtol=1e-6, atol=0)
+
+
+def test_the_norm_of_rows_fills_the_range_of_its_type():
+    x = torch.tensor([[1.5e308], [1.7e308], [3e-320]], dtype=torch.float64)
+    y = torch.tensor([[0.0], [-1.7e308], [0.0]], dtype=torch.float64)
+    (norms,) = norm_of_rows((x, y))
+    assert norms.tolist() == [1.5e308, torch.finfo(torch.float64).max, 3e-320]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_roots_of_squares_of_a_batch_are_right_at_every_size(dtype):
+    least, most = {torch.float32: (-140, 120), torch.float64: (-1060, 1010)}[dtype]
+    sizes = torch.linspace(least, most, 40, dtype=torch.float64).round().exp2().view(5, 8, 1)
+    y = (sizes * torch.tensor([1.0, -0.75, 0.0])).to(dtype)
+    x = torch.stack([y[:, 0] * 0, y[:, 3]], dim=1)
+    exact = x.numpy().astype(np.longdouble)[:, :, None] - y.numpy()[:, None]
+    exact = np.sqrt(np.square(exact).sum(axis=3)).astype(x.numpy().dtype)
+    for got in (roots_of_squares(x, y), torch.stack(list(map(roots_of_squares, x, y)))):
+        np.testing.assert_allclose(got, exact, rtol=4 * torch.finfo(dtype).eps, atol=0)

@@ -179,3 +179,34 @@ def test_verbose_shows_the_bar(capsys):
 def test_bad_arguments_are_named(options, X, y, message):
     with pytest.raises(ValueError, match=message):
         small(**options).fit(X, y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("power", [-990, -560, 560, 1000])
+def test_the_unit_of_the_data_does_not_matter_however_extreme(kind, power):
+    unit = 2.0**power
+    usual, extreme = small(kind).fit(X, Y), small(kind).fit(X * unit, Y)
+    assert extreme.scale_ == usual.scale_ * unit
+    np.testing.assert_allclose(extreme.transform(X * unit), usual.transform(X), rtol=1e-12)
+
+
+def test_data_that_have_no_mean_in_float64_are_named():
+    with np.errstate(over="ignore", invalid="ignore"):
+        for far in (np.where(X > 0, 1.7e308, -1.7e308), np.where(X > 9, 1.0, 1.7e308)):
+            with pytest.raises(ValueError, match="X must have a mean in float64's range"):
+                small().fit(far, Y)
+
+
+def test_data_of_one_value_or_nearly_are_not_divided_by_nothing():
+    for flat in (X * 0 + 3, X * 5e-324, X * 1e-310):
+        assert np.isfinite(small().fit(flat, Y).transform(flat)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numpy_integers_are_counts(kind):
+    counts = {"n_components": 5, "epochs": 2, "batch_size": 32}
+    usual, numpys = (
+        small(kind, **counts),
+        small(kind, **{n: np.int64(c) for n, c in counts.items()}),
+    )
+    np.testing.assert_array_equal(*(of.fit(X, Y).transform(X) for of in (usual, numpys)))

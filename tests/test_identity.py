@@ -1,7 +1,10 @@
 """What is another thing has another digest; the same thing has the same one in any process."""
 
+import datetime
 import functools
+import importlib
 import io
+import logging
 import os
 import random
 import subprocess
@@ -15,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml_losses
@@ -26,7 +30,8 @@ from tripletlib.identity import UnidentifiableError, identify, set_state, state_
 
 
 def digest(thing):
-    return identify(thing=thing).digest
+    learned = thing.state_dict(keep_vars=True).values() if isinstance(thing, nn.Module) else ()
+    return identify(learned, thing=thing).digest
 
 
 class Silent:
@@ -136,6 +141,35 @@ def advanced(value):
     return generator
 
 
+class Queue(deque):
+    pass
+
+
+class Day(datetime.date):
+    pass
+
+
+def with_hook(hook):
+    network = nn.Linear(2, 2)
+    network.weight.register_hook(hook)
+    return network
+
+
+class Tagged(nn.Parameter):
+    def __new__(cls, tag):
+        return super().__new__(cls, torch.zeros(2))
+
+    def __init__(self, tag):
+        self.tag = tag
+
+
+def teacher(value):
+    network = nn.Linear(2, 2)
+    nn.init.constant_(network.weight, value)
+    nn.init.constant_(network.bias, value)
+    return network
+
+
 SILENT = {1: Silent(1), 2: Silent(2)}
 MAKERS = [
     lambda v: v,
@@ -180,6 +214,21 @@ MAKERS = [
     lambda v: [np.add, np.multiply][v - 1],
     lambda v: [str.upper, str.lower][v - 1],
     lambda v: [nn.functional.relu, nn.functional.gelu][v - 1],
+    lambda v: [nn.functional.relu, nn.functional.silu][v - 1],
+    lambda v: functools.partial([nn.functional.relu, nn.functional.silu][v - 1], inplace=False),
+    lambda v: [nn.Linear.forward, nn.Bilinear.forward][v - 1],
+    lambda v: getattr(torch.distributions.Normal(0.0, 1.0), ["sample", "rsample"][v - 1]),
+    lambda v: [np.random.rand, np.random.randn][v - 1],
+    lambda v: Queue([v]),
+    lambda v: Queue([1] * v),
+    lambda v: Day(2026, 1, v),
+    lambda v: np.ma.array([1, 2], mask=[v == 1, False]),
+    lambda v: np.zeros(2, dtype=[("ab"[v - 1], float)]),
+    lambda v: pd.DataFrame({"a": [v]}),
+    lambda v: with_hook(lambda gradient: gradient * v),
+    lambda v: Tagged(v),
+    lambda v: [teacher(v)],
+    lambda v: lambda images: teacher(v)(images),
     lambda v: [nn.ReLU, nn.GELU][v - 1],
     nested,
     with_default,
@@ -275,7 +324,7 @@ def test_globals_that_a_function_uses_count_and_others_do_not():
         "import helpers\ndef f(x):\n    return helpers.twice(x)",
         "from helpers import twice as f",
         "from helpers import twice\ndef f(x):\n    return twice(x)",
-        "def f(x):\n    import helpers\n    return helpers.twice(x)",
+        "def f(x):\n    from helpers import twice\n    return twice(x)",
         "import helpers\nclass f(helpers.Base): pass",
     ],
 )
@@ -301,6 +350,73 @@ def test_the_readers_own_modules_count_by_what_is_used_of_them(source, tmp_path,
     assert first != with_helpers(
         content.replace("factor, unused, lock = 2", "factor, unused, lock = 3")
     )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(x):\n    import helpers\n    return helpers.twice(x)",
+        "def f(x):\n    import helpers as h\n    return g(h, x)\ndef g(m, x): return x * m.factor",
+        "import helpers\ndef f(x): return g(helpers, x)\ndef g(m, x): return x * m.factor",
+        "import helpers\ndef f(x): return x * getattr(helpers, 'factor')",
+        "import helpers\nclass C: pass\nf = C()\nf.settings = helpers",
+    ],
+)
+def test_the_readers_own_modules_count_whole_where_it_is_not_seen_what_is_used(source, monkeypatch):
+    def with_factor(factor):
+        module = types.ModuleType("helpers")
+        exec(f"factor = {factor}\ndef twice(x): return x * factor", vars(module))
+        monkeypatch.setitem(sys.modules, "helpers", module)
+        return digest(defined(source))
+
+    assert with_factor(1) == with_factor(1) != with_factor(2)
+
+
+def test_modules_that_a_function_imports_count_before_they_are_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    package = tmp_path / "cellar"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "def f(x):\n    from .inner import factor\n    return x * factor"
+    )
+
+    def with_factor(factor):
+        (package / "inner.py").write_text(f"factor = {factor}")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cellar"]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        return importlib.import_module("cellar").f
+
+    first = digest(with_factor(1))
+    assert first == digest(with_factor(1))
+    other = with_factor(2)
+    before = digest(other)
+    other(1)  # imports
+    assert first != before == digest(other)
+
+
+def test_a_module_of_the_readers_that_is_named_like_one_of_pythons_counts(tmp_path, monkeypatch):
+    def with_factor(factor):
+        module = types.ModuleType("code")
+        module.__file__ = str(tmp_path / "code.py")
+        exec(f"def scale(x): return x * {factor}", vars(module))
+        monkeypatch.setitem(sys.modules, "code", module)
+        return digest(module.scale)
+
+    assert with_factor(1) == with_factor(1) != with_factor(2)
+
+
+def test_global_generators_are_one_and_the_same_wherever_they_have_got_to():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+
+    bound = [random.uniform, np.random.normal, torch.default_generator]
+    first = identify(draw=draw, bound=bound)
+    draw()
+    again = identify(draw=draw, bound=bound)
+    assert first.digest == again.digest
+    assert first.moving == []
 
 
 def test_weights_count_by_shape_and_whether_they_are_shared_or_frozen():
@@ -360,6 +476,32 @@ def test_layers_that_make_their_weights_are_the_same_before_and_after_use(wrap):
 def test_what_cannot_be_told_from_others_is_refused_by_name(make):
     with pytest.raises(UnidentifiableError, match="loss"):
         identify(loss={"part": Silent(make())})
+
+
+@pytest.mark.parametrize("option", ["with_kwargs", "always_call"])
+def test_hooks_with_options_count_by_what_they_do_not_by_when_they_were_made(option):
+    def network(option):
+        layer = nn.Linear(2, 2)
+        layer.register_forward_hook(lambda *_, **__: None)
+        layer.register_forward_hook(lambda *_, **__: None, **{option: True})
+        return layer
+
+    first = digest(network(option))
+    assert digest(network(option)) == first
+    assert digest(network("prepend")) != first
+
+
+def test_what_is_under_its_name_in_a_module_is_told_by_it_and_else_refused():
+    assert digest(np.add) != digest(np.subtract)
+    with pytest.raises(UnidentifiableError, match="ufunc"):
+        digest(np.frompyfunc(lambda x: x + 1, 1, 1))
+
+
+def test_a_logger_may_change():
+    logger = logging.getLogger("of the reader")
+    first = identify(logger=[logger])
+    logger.setLevel(10)
+    assert identify(logger=[logger]) == first == (first.digest, [])
 
 
 def test_cycles_end():

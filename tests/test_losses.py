@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from devices import DEVICES, FAKE, FakeDevice, NoDouble
@@ -20,7 +22,7 @@ from tripletlib.losses import (
     TripletLoss,
     batch_all_triplet_loss,
 )
-from tripletlib.triplets import mine_triplets
+from tripletlib.triplets import describe_triplets, mine_triplets
 
 REDUCTIONS = ["active", "mean", "sum"]
 
@@ -637,3 +639,17 @@ def test_every_device_equals_the_cpu(loss, device):
     assert got[0].device.type == got[1].device.type == device
     expected = value_and_gradient(loss, x, labels)
     torch.testing.assert_close([t.cpu() for t in got], list(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [TripletLoss, functools.partial(TripletLoss, mining="hard")])
+def test_a_margin_may_be_any_real_number(kind):
+    embeddings, labels = torch.randn(20, 3), torch.arange(20) % 4
+    expected = kind(0.25)(embeddings, labels)
+    for margin in (Fraction(1, 4), np.float32(0.25), np.float16(0.25)):
+        assert kind(margin)(embeddings, labels) == expected
+        assert describe_triplets(embeddings, labels, margin) == describe_triplets(
+            embeddings, labels, 0.25
+        )
+    assert kind(10**300)(embeddings, labels).isfinite()
+    with pytest.raises(ValueError, match="margin must be a finite number of at least 0, got 1000"):
+        kind(10**400)

@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -211,3 +213,79 @@ def test_the_classifier_works_on_any_device(device):
             predicted = KNNClassifier(items, labels).predict(asked)
             assert predicted.device == labels.device
             assert predicted.tolist() == right.tolist()
+
+
+def cut(bits):
+    """A float32 matrix product that first cuts, or rounds, its factors to so many bits."""
+    real = torch.addmm
+
+    def addmm(added, x, y, *, alpha=1, out=None):
+        x, y = (
+            ((of.contiguous().view(torch.int32) + half) & -(2 ** (23 - bits))).view(torch.float32)
+            for of, half in ((x, 0), (y, 2 ** (22 - bits)))
+        )
+        return real(added, x, y, alpha=alpha, out=out)
+
+    return addmm
+
+
+def refuse():
+    raise RuntimeError("mix of the legacy and new APIs")
+
+
+@pytest.mark.parametrize(
+    ("setting", "bits"),
+    [(lambda: "high", 10), (lambda: "medium", 7), (refuse, 7)],
+    ids=["high", "medium", "set for a backend"],
+)
+def test_the_search_is_exact_where_torch_may_round_factors(setting, bits, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(20, 64, generator=generator))
+    gallery = centres.repeat_interleave(300, 0)
+    gallery += 0.003 * torch.randn(gallery.shape, generator=generator)
+    queries = gallery[::100] + 0.003 * torch.randn(60, 64, generator=generator)
+    right = by_definition(queries, gallery, 10)
+    monkeypatch.setattr(torch, "addmm", cut(bits))
+    assert found(queries, gallery, 10) != right
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", setting)
+    assert found(queries, gallery, 10) == right
+
+
+def uneven(dtype):
+    """A gallery of 600 at distances from zero over the whole range of the type, in any order."""
+    least, most = {torch.float32: (-140, 120), torch.float64: (-1060, 1010)}[dtype]
+    generator = torch.Generator().manual_seed(2)
+    powers = torch.linspace(least, most, 100, dtype=torch.float64).round().repeat_interleave(6)
+    sizes = powers.exp2() * torch.tensor([1.0, 1.125, 1.25, 1.5, 1.625, 1.75]).repeat(100)
+    gallery = torch.randn(600, 6, generator=generator).sign() * sizes[:, None]
+    return gallery[torch.randperm(600, generator=generator)].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 10, 400])
+def test_the_nearest_in_a_gallery_of_every_size(dtype, k):
+    gallery = uneven(dtype)
+    queries = torch.cat([gallery.new_zeros(1, 6), gallery[:30] * 1.03125])
+    exact = queries.numpy().astype(np.longdouble)[:, None] - gallery.numpy()
+    exact = np.sqrt(np.square(exact).sum(axis=2))
+    with NoDouble() if dtype == torch.float32 else contextlib.nullcontext():
+        batch = found(queries, gallery, k)
+        alone = [found(query[None], gallery, k)[0] for query in queries]
+        among = found(gallery[:30], gallery[:30], 7, within=True)
+    assert batch == alone
+    assert batch[0] == exact[0].argsort(kind="stable")[:k].tolist()
+    nearest = np.sort(exact, axis=1)[:, :k]
+    got = np.take_along_axis(exact, np.array(batch), axis=1)
+    np.testing.assert_allclose((got / nearest).astype(float), 1, rtol=8 * torch.finfo(dtype).eps)
+    assert all(row not in indices for row, indices in enumerate(among))
+
+
+def test_equal_distances_in_an_uneven_gallery_go_to_the_first():
+    gallery = torch.tensor([[1e300], [2.0], [-1e-200], [1e-200], [0.0], [0.0]], dtype=torch.float64)
+    assert found(torch.zeros(1, 1, dtype=torch.float64), gallery, 6) == [[4, 5, 2, 3, 1, 0]]
+
+
+def test_points_without_columns_are_all_at_distance_zero():
+    labels = torch.tensor([3, 1, 1, 2])
+    predicted = KNNClassifier(torch.zeros(4, 0), labels, 3).predict(torch.zeros(2, 0))
+    assert predicted.tolist() == [1, 1]

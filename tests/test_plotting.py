@@ -41,4 +41,51 @@ def test_what_needs_a_gradient_or_is_in_half_precision_is_drawn():
     show_images(images.bfloat16())
     points = torch.randn(6, 2, requires_grad=True)
     scatter_classes(points, torch.arange(6) % 2)
+    scatter_classes(points.bfloat16(), torch.arange(6) % 2)
     plot_distances(points.bfloat16(), torch.arange(6) % 2)
+
+
+@pytest.mark.parametrize(
+    "kind", ["bfloat16", "float16", "float32", "float64", "uint8", "uint16", "int64"]
+)
+def test_points_of_any_type_are_drawn_where_they_are(kind):
+    points, labels = torch.tensor([[3, 1], [0, 2], [200, 7]]), torch.tensor([0, 0, 1])
+    given = [points.to(getattr(torch, kind))]
+    given += [] if kind == "bfloat16" else [points.numpy().astype(kind)]
+    for of in given:
+        axes = scatter_classes(of, labels, ax=plt.figure().gca())
+        offsets = np.concatenate([c.get_offsets() for c in axes.collections])
+        np.testing.assert_array_equal(offsets, points)
+
+
+IMAGES, POINTS, LABELS = torch.rand(6, 1, 4, 4), torch.randn(6, 2), torch.arange(6) % 2
+NEIGHBOURS = (IMAGES[:2], LABELS[:2], IMAGES.view(2, 3, 1, 4, 4), LABELS.view(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: scatter_classes(None, LABELS), "points must be a torch.Tensor, got NoneType"),
+        (lambda: scatter_classes(POINTS + 0j, LABELS), "points must be floating point"),
+        (lambda: scatter_classes(POINTS, None), "labels must be a torch.Tensor, got NoneType"),
+        (lambda: scatter_classes(POINTS, torch.tensor(1)), r"labels must have shape \(6,\)"),
+        (lambda: plot_distances(None, LABELS), "embeddings must be a torch.Tensor, got NoneType"),
+        (lambda: plot_distances(POINTS, None), "labels must be a torch.Tensor, got NoneType"),
+        (lambda: plot_distances(POINTS[:0], LABELS[:0]), "embeddings must .* two rows, got 0"),
+        (lambda: plot_distances(POINTS[:1], LABELS[:1]), "embeddings must .* two rows, got 1"),
+        (lambda: show_images(None), "images must be a tensor of shape .* got NoneType"),
+        (lambda: show_images(IMAGES[:0]), r"images must be .* got \(0, 1, 4, 4\)"),
+        (lambda: show_images(IMAGES, columns=0), "columns must be a whole number"),
+        (lambda: show_neighbours(None, *NEIGHBOURS[1:]), "queries must be .* got NoneType"),
+        (lambda: show_neighbours(IMAGES, 1, *NEIGHBOURS[2:]), "query_labels must be .* got int"),
+        (lambda: show_neighbours(*NEIGHBOURS[:2], IMAGES, LABELS), r"found must .* \(6, 1, 4, 4\)"),
+        (lambda: show_neighbours(*NEIGHBOURS[:3], LABELS), r"found_labels must be .* \(6,\)"),
+    ],
+)
+def test_bad_arguments_are_named(draw, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        draw()
+
+
+def test_columns_may_be_a_numpy_integer():
+    assert len(show_images(IMAGES, columns=np.uint8(4)).axes) == 8

@@ -3,6 +3,7 @@ import functools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from problems import DIFFERENT, IMAGES, LABELS, Locked, SmallNet, Stop, same_weights, stop_at
@@ -153,6 +154,54 @@ def test_what_cannot_be_identified_is_not_cached_and_that_is_said_once(cache):
             load_or_fit(SmallNet, IMAGES, LABELS, loss=Locked(), **options)
         assert [warning.filename for warning in caught] == [__file__]
     assert not cache.exists()
+
+
+class Counting(BalancedBatchSampler):
+    """Its number of images a class grows in a list, which no checkpoint holds."""
+
+    def __init__(self):
+        super().__init__(LABELS, 4, 3)
+        self.epochs = []
+
+    def __iter__(self):
+        self.epochs.append(0)
+        batches = super().__iter__()
+        return batches if len(self.epochs) % 2 else (batch[::-1] for batch in batches)
+
+
+def test_a_run_that_was_broken_off_and_cannot_go_on_is_made_anew(cache):
+    expected, _ = load_or_fit(
+        SmallNet, IMAGES, LABELS, batch_sampler=Counting(), retrain=True, **options
+    )
+    for file in cache.iterdir():
+        file.unlink()
+    with pytest.raises(Stop):
+        load_or_fit(
+            SmallNet, IMAGES, LABELS, batch_sampler=Counting(), callback=stop_at(10), **options
+        )
+    with pytest.warns(UserWarning, match="broken off, and does not hold how batch_sampler changed"):
+        network, history = load_or_fit(
+            SmallNet, IMAGES, LABELS, batch_sampler=Counting(), **options
+        )
+    assert same_weights(network, expected)
+    assert len(history) == 2 * len(Counting())
+    again, _ = load_or_fit(
+        SmallNet, IMAGES, LABELS, batch_sampler=Counting(), callback=stop_at(1), **options
+    )
+    assert same_weights(again, expected)
+
+
+@pytest.mark.parametrize("learning_rate", np.logspace(-3, -2, 2))
+def test_load_or_fit_keeps_a_run_whose_numbers_are_numpys(cache, learning_rate):
+    arguments = options | {"learning_rate": learning_rate, "seed": np.int64(3)}
+    first, _ = load_or_fit(SmallNet, IMAGES, LABELS, **arguments)
+    again, _ = load_or_fit(SmallNet, IMAGES, LABELS, callback=stop_at(1), **arguments)
+    assert same_weights(first, again)
+
+
+def test_load_or_fit_builds_the_network_itself():
+    with pytest.raises(TypeError, match="make_network must be a function or class .* SmallNet"):
+        load_or_fit(SmallNet(), IMAGES, LABELS, **options)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])

@@ -222,3 +222,34 @@ def test_labels_may_be_on_any_device(device):
     assert triplets == [column.tolist() for column in draw_triplets(labels, 20, seeded())]
     with NoDouble():
         assert list(sampled(labels, 3, 4)) == batches
+
+
+def test_the_default_device_and_that_of_the_generator_do_not_matter():
+    labels = torch.arange(40) % 4
+
+    def drawn():
+        generator = torch.Generator().manual_seed(3)
+        sampler = BalancedBatchSampler(labels, 4, 2, generator=generator)
+        return list(sampler), draw_triplets(labels, 5, generator=generator)
+
+    batches, triplets = drawn()
+    with torch.device("meta"):
+        again, same = drawn()
+    assert again == batches
+    assert all(torch.equal(*pair) for pair in zip(triplets, same, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: BalancedBatchSampler(x, 2, 2), lambda x: draw_triplets(x, 3)]
+)
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (None, TypeError, "labels must be a torch.Tensor, got NoneType"),
+        (torch.tensor(3), ValueError, r"labels must have shape \(n,\), got \(\)"),
+        (torch.zeros(3, 2, dtype=torch.int64), ValueError, r"labels must have shape \(n,\)"),
+    ],
+)
+def test_labels_of_another_kind_are_named(make, labels, error, message):
+    with pytest.raises(error, match=message):
+        make(labels)

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import pickle
 import statistics
@@ -324,3 +325,33 @@ def test_scores_work_on_any_device_and_labels_may_be_elsewhere(device, moved):
     with FakeDevice():
         placed = [of.to(device) if i in moved else of for i, of in enumerate(case)]
         assert every_score(*placed) == every_score(*case)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int8", "int32"])
+def test_labels_of_any_integer_type_give_the_same_scores(kind):
+    gallery, gallery_labels = clusters(300)
+    queries, labels = clusters(40, seed=1)
+    right = every_score(queries, labels, gallery, gallery_labels)
+    for of, other in ((kind, kind), (kind, "int64"), ("int64", kind), (kind, "uint16")):
+        own, known = labels.to(getattr(torch, of)), gallery_labels.to(getattr(torch, other))
+        assert every_score(queries, own, gallery, known) == right
+
+
+def test_points_without_columns_all_tie():
+    points, labels = torch.zeros(4, 0), torch.tensor([0, 0, 1, 1])
+    same, others = torch.zeros(4, 2), torch.zeros(4, 0)
+    assert recall_at_k(others, labels, k=2) == recall_at_k(same, labels, k=2)
+    assert [at_r(points, labels) for at_r in AT_R] == [0.0, 0.0]
+    assert knn_accuracy(points, labels, points, labels, k=1) == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_item_far_away_does_not_spoil_the_scores_of_tiny_clusters(dtype):
+    gallery, gallery_labels = clusters(300)
+    queries, labels = clusters(40, seed=1)
+    small, far = {torch.float32: (2.0**-110, 1e35), torch.float64: (2.0**-900, 1e250)}[dtype]
+    with_far = torch.cat([gallery.to(dtype) * small, torch.full((1, 8), far, dtype=dtype)])
+    its_label = torch.cat([gallery_labels, torch.tensor([99])])
+    with NoDouble() if dtype == torch.float32 else contextlib.nullcontext():
+        got = every_score(queries.to(dtype) * small, labels, with_far, its_label)
+    assert got == every_score(queries, labels, gallery, gallery_labels)

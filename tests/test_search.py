@@ -143,7 +143,7 @@ def test_what_is_indexed_is_a_copy():
         (lambda: SearchIndex(torch.ones(3)), ValueError, r"shape \(n, d\)"),
         (lambda: SearchIndex(torch.ones(3, 2, dtype=torch.int64)), TypeError, "floating point"),
         (lambda: SearchIndex(torch.tensor([[0.0], [torch.nan]])), ValueError, "row 1"),
-        (lambda: SearchIndex(torch.full((1, 1), 1e200, dtype=torch.float64)), ValueError, "finite"),
+        (lambda: SearchIndex(1e200 * torch.ones(1, 1).double()), ValueError, "got 1e.200"),
         (lambda: SearchIndex(torch.ones(0, 2)), ValueError, "not be empty"),
         (lambda: SearchIndex(torch.ones(2, 0)), ValueError, "not be empty"),
         (lambda: SearchIndex(points(5), "fast"), ValueError, "kind must be one of"),
@@ -347,3 +347,60 @@ def test_embeddings_and_queries_on_any_device(device, kind):
     with FakeDevice():
         answers = SearchIndex(gallery.to(device), kind).search(queries.to(device), 5)
     assert all(map(torch.equal, answers, right))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("power", [60, -51])
+def test_the_unit_does_not_matter_within_the_range_of_squares(kind, power):
+    gallery, queries = points(600, 8), points(40, 8, seed=1)
+    distances, indices = SearchIndex(gallery, kind).search(queries, 5)
+    index = SearchIndex(gallery.double() * 2.0**power, kind)
+    scaled, same = index.search(queries.double() * 2.0**power, 5)
+    assert (same == indices).float().mean() > 0.99
+    torch.testing.assert_close(scaled * 2.0**-power, distances, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_that_is_taken_gives_finite_distances(kind, capfd):
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 8)
+    largest = (torch.finfo(torch.float32).max / 64) ** 0.5 * (1 - 1e-6)
+    distances, indices = SearchIndex(corners * largest, kind).search(
+        corners * largest, 256, **({} if kind == "exact" else {"effort": 256})
+    )
+    assert indices.sort(dim=1).values.eq(torch.arange(256)).all()
+    right = torch.cdist(corners.double(), corners.double()).sort(dim=1).values
+    torch.testing.assert_close(distances.double() / largest, right, atol=1e-3, rtol=0)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e200, 1e20, 1e19, 1e-17, 1e-25, 1e-40, 1e-60])
+def test_embeddings_whose_squares_leave_float32_are_refused(kind, size):
+    gallery = points(600, 8).double()
+    words = "embeddings must have a largest coordinate from 3.14e-16 to 2.31e.18, .* got"
+    for of in (gallery * size, (gallery * size).float()):
+        if of.isfinite().all() and of.any():
+            with pytest.raises(ValueError, match=words):
+                SearchIndex(of, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_may_be_near_zero_but_not_too_large(kind):
+    gallery, queries = points(600, 8), points(40, 8, seed=1)
+    index = SearchIndex(gallery, kind)
+    for size in (1e19, 1e25, 1e100):
+        with pytest.raises(ValueError, match="queries must have a largest coordinate"):
+            index.search(queries.double() * size, 3)
+    distances, _ = index.search(queries.double() * 1e-60, 1)
+    smallest = gallery.norm(dim=1).min().expand(40, 1)
+    torch.testing.assert_close(distances, smallest, atol=1e-3, rtol=0)
+    assert SearchIndex(0 * gallery, kind).search(queries, 600)[1].shape == (40, 600)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.int16])
+def test_numpy_integers_are_counts(kind, integer):
+    index, queries = SearchIndex(points(50), kind), points(4, seed=1)
+    options = [{}, {}] if kind == "exact" else [{"effort": 20}, {"effort": integer(20)}]
+    right = index.search(queries, 3, **options[0])
+    assert all(map(torch.equal, index.search(queries, integer(3), **options[1]), right))

@@ -205,6 +205,16 @@ def test_the_bar_shows_loss_and_active_fraction(capsys):
     assert capsys.readouterr().out == ""
 
 
+class Detached(SmallNet):
+    def forward(self, images):
+        return super().forward(images).detach()
+
+
+class Several(SmallNet):
+    def forward(self, images):
+        return super().forward(images), 0
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -222,6 +232,13 @@ def test_the_bar_shows_loss_and_active_fraction(capsys):
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be a finite number above 0"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number"),
         ({"batch_sampler": iter([])}, TypeError, "batch_sampler must have a length"),
+        ({"augment": True}, TypeError, "augment must be callable, False or None, got True"),
+        ({"callback": 3}, TypeError, "callback must be callable, got 3"),
+        ({"bf16": "x"}, TypeError, "bf16 must be True, False or None, got 'x'"),
+        ({"network": Detached()}, ValueError, "embeddings that depend on its parameters, got det"),
+        ({"network": Several()}, TypeError, "embeddings must be a torch.Tensor, got tuple"),
+        ({"network": Several(), "bf16": True}, TypeError, "embeddings must be a torch.Tensor"),
+        ({"loss": lambda z, _: z.sum() * 1j}, TypeError, "must return a real number, got"),
         ({"images": IMAGES * torch.nan}, ValueError, "embeddings must be finite"),
         ({"loss": lambda z, _: z.sum() * torch.inf}, FloatingPointError, "loss is -?(inf|nan)"),
     ],
@@ -270,6 +287,10 @@ def test_embed_leaves_the_mode_as_it_was_even_if_it_fails():
 def test_embed_refuses_bad_arguments(images, batch_size, error, message):
     with pytest.raises(error, match=message):
         embed(EmbeddingNet(), images, batch_size)
+    with pytest.raises(TypeError, match="network must be an nn.Module, got NoneType"):
+        embed(None, torch.zeros(2, 1, 28, 28))
+    with pytest.raises(TypeError, match="network must give a tensor, got tuple"):
+        embed(Several(), IMAGES)
 
 
 class Margin(nn.Module):
@@ -448,6 +469,80 @@ def test_frozen_parts_stay_as_they_were_whichever_way_they_are_frozen():
     assert not torch.equal(network[0][2].weight, before["0.2.weight"])
 
 
+def test_frozen_parts_of_a_loss_stay_as_they_were():
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen = nn.BatchNorm1d(3).requires_grad_(False)
+            self.trained = nn.BatchNorm1d(3)
+
+        def forward(self, embeddings, labels):
+            return TripletLoss()(self.trained(self.frozen(embeddings)), labels)
+
+    loss = Projected()
+    before = copy.deepcopy(loss.state_dict())
+    fitted(loss=loss)
+    after = loss.state_dict()
+    assert torch.equal(after["frozen.running_mean"], before["frozen.running_mean"])
+    assert not torch.equal(after["trained.running_mean"], before["trained.running_mean"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_inside_a_mode_without_gradients_is_training(mode):
+    expected, _ = fitted()
+    torch.manual_seed(5)
+    network = SmallNet()
+    with mode():
+        fitted(network)
+    assert same_weights(network, expected)
+
+
+@pytest.mark.parametrize("make", [lambda: SmallNet(), lambda: EmbeddingNet(4)])
+def test_a_network_in_float16_trains(make):
+    torch.manual_seed(0)
+    network = make().half()
+    images = IMAGES if isinstance(network, SmallNet) else torch.randn(100, 1, 24, 24)
+    before = copy.deepcopy(network.state_dict())
+    _, history = fitted(network, images=images.half(), epochs=5)
+    assert np.isfinite(history["loss"]).all()
+    assert all(torch.isfinite(weight).all() for weight in network.parameters())
+    assert not same_weights_of(before, network)
+
+
+def same_weights_of(before, network):
+    return all(torch.equal(before[name], weight) for name, weight in network.named_parameters())
+
+
+def test_a_network_of_complex_numbers_trains():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(1, 4, 3, dtype=torch.cfloat)
+            self.second = nn.Conv2d(4, 6, 3, dtype=torch.cfloat)
+
+        def forward(self, images):
+            return self.second(self.first(images.cfloat())).abs().mean((2, 3))
+
+    torch.manual_seed(0)
+    images = torch.randn(100, 1, 12, 12) + LABELS[:, None, None, None]
+    _, history = fitted(Complex(), images=images, epochs=20)
+    assert history["loss"][-7:].mean() < 0.9 * history["loss"][:7].mean()
+
+
+def test_sparse_gradients_are_followed_as_dense_ones():
+    def words(sparse):
+        torch.manual_seed(0)
+        return nn.Sequential(Whole(), nn.EmbeddingBag(9, 3, sparse=sparse, mode="mean"))
+
+    class Whole(nn.Module):
+        def forward(self, images):
+            return images.long()
+
+    images = torch.randint(9, (100, 4)).float()
+    pair = [fitted(words(sparse), images=images)[0] for sparse in (False, True)]
+    assert same_weights(*pair)
+
+
 def test_the_loss_alone_may_be_trained():
     network = SmallNet().requires_grad_(False)
     loss = pml_losses.ProxyAnchorLoss(num_classes=4, embedding_size=3)
@@ -463,6 +558,9 @@ BATCHES = {
     "lists": list,
     "ranges": lambda batch: range(batch[0], batch[-1] + 1),
     "arrays": np.array,
+    "reversed arrays": lambda batch: np.array(batch[::-1])[::-1],
+    "arrays of another byte order": lambda batch: np.array(batch, dtype=">i4"),
+    "arrays of objects": lambda batch: np.array(batch, dtype=object),
     "short arrays": lambda batch: np.array(batch, dtype=np.int16),
     "tensors": torch.tensor,
     "short tensors": lambda batch: torch.tensor(batch, dtype=torch.int32),
@@ -490,6 +588,7 @@ def test_batches_may_be_any_sequence_of_places(kind):
         (3, TypeError, "sequences of places in images, got 3"),
         ([0.5, 1.5], TypeError, "sequences of places"),
         (np.arange(100) < 9, TypeError, "sequences of places"),
+        ([1j, 2j], TypeError, "sequences of places"),
     ],
 )
 def test_batches_of_anything_else_are_refused(batch, error, message):

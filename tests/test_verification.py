@@ -1,5 +1,7 @@
 import socket
 import tracemalloc
+import warnings
+from fractions import Fraction
 from urllib.error import URLError
 
 import joblib
@@ -8,7 +10,7 @@ import pytest
 import sklearn.datasets
 import torch
 import torch.nn.functional as F
-from devices import DEVICES, FAKE, FakeDevice
+from devices import DEVICES, FAKE, FakeDevice, NoDouble
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta, norm
@@ -515,3 +517,88 @@ def test_pairs_and_their_report_on_any_device(device, count):
             )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert all(map(torch.equal, drawn(embeddings, labels), right))
+
+
+@pytest.mark.parametrize(
+    "far",
+    [
+        np.float16(0.1),
+        np.float32(0.1),
+        np.longdouble("0.1"),
+        np.array(0.1, np.float16),
+        torch.tensor(0.1),
+        torch.tensor(0.1, dtype=torch.bfloat16),
+        torch.logspace(-3, 0, 4)[1],
+        Fraction(1, 10),
+        0,
+        True,
+    ],
+)
+def test_a_rate_of_any_type_is_the_number_that_it_is(far):
+    pairs = 1_000_000
+    report = verification_report(np.arange(pairs + 1.0), np.arange(pairs + 1) == 0)
+    allowed = int(Fraction(float(far)) * pairs)
+    accepted = (report.different_distances <= report.threshold_at_far(far)).sum()
+    assert accepted == allowed
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])
+def test_a_threshold_is_compared_as_the_number_that_it_is(dtype):
+    generator = np.random.default_rng(0)
+    distances = generator.choice(np.linspace(-1, 1, 21), 400).astype(dtype)
+    distances[:2] = np.finfo(np.float16).max, np.finfo(np.float16).min
+    same = np.arange(400) % 2 == 0
+    report = verification_report(distances, same)
+    near = np.unique(distances).astype(float)
+    thresholds = [
+        *near, *np.nextafter(near, 9), *np.nextafter(near, -9), *np.linspace(-1, 1, 21),
+        *(sign * size for sign in (1, -1) for size in (1e5, 1e39, 1e300, np.inf)),
+        np.float32(0.3), torch.tensor(0.3), np.float16(0.3), 10**30, Fraction(3, 10),
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for threshold in thresholds:
+            accepted = distances.astype(float) <= float(threshold)
+            assert report.at(threshold) == (accepted[~same].mean(), (~accepted[same]).mean())
+
+
+@pytest.mark.parametrize("bad", ["0.1", None, [0.1], 1j, np.array([0.1]), torch.ones(2), {}])
+def test_what_is_no_number_is_named(bad):
+    report = verification_report(DISTANCES, SAME)
+    for measure in (report.tar_at_far, report.threshold_at_far):
+        with pytest.raises(TypeError, match="far must be a number, got"):
+            measure(bad)
+    with pytest.raises(TypeError, match="threshold must be a number, got"):
+        report.at(bad)
+
+
+def distances_of_far_pairs(embeddings):
+    """The distances of drawn pairs and of all."""
+    labels = torch.arange(len(embeddings))
+    return (pair_distances(embeddings, labels, count)[0].unique() for count in (300, None))
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [
+        torch.tensor([[3e38], [-3e38], [1.0]]),
+        torch.tensor([[3e38, 3e38], [-1e38, 0.0], [1.0, 3e-40]]),
+        torch.tensor([[1.7e308], [-1.7e308], [1.0]], dtype=torch.float64),
+        torch.tensor([[1.5e308, 0.0], [0.0, 0.0], [0.0, 1e300]], dtype=torch.float64),
+        torch.tensor([[3e38], [-3e38], [1e-30], [2e-30]], dtype=torch.bfloat16),
+        torch.tensor([[65504.0], [-65504.0], [6e-8]], dtype=torch.float16),
+    ],
+)
+def test_drawn_pairs_are_as_far_apart_as_in_all(embeddings):
+    drawn, whole = distances_of_far_pairs(embeddings)
+    torch.testing.assert_close(drawn, whole, rtol=1e-6, atol=0)
+    assert whole.isfinite().all()
+    if embeddings.dtype != torch.float64:
+        with NoDouble():
+            for of in distances_of_far_pairs(embeddings):
+                torch.testing.assert_close(of, whole, rtol=1e-6, atol=0)
+
+
+def test_a_count_of_numpy_is_a_count():
+    embeddings, labels = points(5)
+    assert pair_distances(embeddings, labels, np.int64(3))[0].shape == (3,)

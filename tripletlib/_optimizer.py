@@ -29,7 +29,10 @@ def optimizers(
         if kernel is not None and kernel is not first and kernel.requires_grad
     }
     rest = [weight for place, weight in trained.items() if place not in orthogonal]
-    adamw = torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.99), weight_decay=0.02)
+    half = [weight for weight in rest if weight.dtype == torch.float16]
+    groups = [{"params": [weight for weight in rest if weight.dtype != torch.float16]}]
+    groups += [{"params": half, "eps": 1e-4}] if half else []  # the usual 1e-8 is 0 in float16
+    adamw = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.99), weight_decay=0.02)
     if not orthogonal:
         return [adamw]
     return [adamw, Muon(orthogonal.values(), _MUON_OVER_ADAMW * learning_rate)]
@@ -81,9 +84,9 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     It is quick, not exact: they end between about 0.7 and 1.2, which serves as well.
     """
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
+    x = matrix.mH if tall else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mH
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if tall else x
+    return x.mH if tall else x

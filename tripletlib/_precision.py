@@ -28,6 +28,16 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False)
 
 
+def rounding_of_products(dtype: torch.dtype) -> float:
+    """Give the part by which a matrix product may change products in rounding what is given."""
+    try:
+        setting = torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest"
+    except RuntimeError:  # set for some backends alone
+        setting = "medium"
+    # TensorFloat32 may cut both factors to 10 bits after the first, bfloat16 to 7.
+    return {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}[setting]
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Widen float16 and bfloat16, with a gradient that stays within their range."""
     kind = torch.promote_types(x.dtype, torch.float32)

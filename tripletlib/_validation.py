@@ -26,13 +26,17 @@ def check_points(points: Tensor, name: str = "embeddings") -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
 
 
-def check_labels(labels: Tensor, length: int, name: str = "labels", of: str = "embeddings") -> None:
-    """Refuse anything but one integer label for each of `length` samples."""
+def check_labels(
+    labels: Tensor, length: int | None = None, name: str = "labels", of: str = "embeddings"
+) -> None:
+    """Refuse anything but one integer label for each of `length` samples, or of any number."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
-    if labels.shape != (length,):
+    if length is None and labels.dim() != 1:
+        raise ValueError(f"{name} must have shape (n,), got {tuple(labels.shape)}")
+    if length is not None and labels.shape != (length,):
         raise ValueError(
             f"{name} must have shape ({length},), one for each row of {of}, "
             f"got {tuple(labels.shape)}"
@@ -59,9 +63,11 @@ def check_choice(value: str, choices: Iterable[str], name: str) -> None:
 
 def check_number(value: float, name: str, *, low: float = 0.0, strict: bool = False) -> None:
     """Refuse anything but a finite real number of at least (or, if strict, above) `low`."""
-    good = isinstance(value, Real) and not isinstance(value, bool)
-    good = good and abs(value) != float("inf") and (value > low if strict else value >= low)
-    if not good:
+    try:
+        good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        good = False
+    if not good or (value <= low if strict else value < low):
         relation = "above" if strict else "of at least"
         raise ValueError(f"{name} must be a finite number {relation} {low:g}, got {value!r}")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tripletlib._precision import no_autocast
+from tripletlib._precision import at_least_float32, no_autocast
 from tripletlib._validation import check_images
 
 _DEGREES, _PIXELS, _STRETCH = 15.0, 2.0, 0.15
@@ -41,7 +41,8 @@ def jitter(images: Tensor) -> Tensor:
             f"images must have shape (n, channels, height, width), got {tuple(images.shape)}"
         )
     height, width = images.shape[2:]
-    draw = 2 * torch.rand(5, len(images), dtype=images.dtype, device=images.device) - 1
+    wide = at_least_float32(images)  # coordinates need it
+    draw = 2 * torch.rand(5, len(images), dtype=wide.dtype, device=images.device) - 1
     angle = draw[0] * math.radians(_DEGREES)
     stretch_x, stretch_y = 1 + _STRETCH * draw[1], 1 + _STRETCH * draw[2]
     move_x, move_y = 2 * _PIXELS / width * draw[3], 2 * _PIXELS / height * draw[4]
@@ -53,4 +54,5 @@ def jitter(images: Tensor) -> Tensor:
     ]
     with no_autocast(images.device):
         grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        moved = F.grid_sample(wide, grid, padding_mode="border", align_corners=False)
+    return moved.to(images.dtype)

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from tripletlib._cache import user_path, write_atomically
 from tripletlib._validation import warn
 from tripletlib.identity import UnidentifiableError, identify, set_state, state_of
 
 Parts = Mapping[str, Mapping[str, object]]
-_FIELDS = {"origin", "seed", "moved", "after", "run"}
+_FIELDS = {"origin", "seed", "moved", "after", "parts", "history", "epoch", "finished"}
 
 
 class Origin:
@@ -30,22 +31,27 @@ class Origin:
         Parts that stay as they are (data, code), each a mapping of its things by name.
     moving : mapping
         Parts that may change as the run goes on (network, settings), likewise.
+    modules : list of nn.Module
+        Those of them whose weights are kept by whoever keeps the run.
     seed_given : bool
         Whether the reader chose the seed.
     """
 
-    def __init__(self, seed: int, fixed: Parts, moving: Parts, *, seed_given: bool) -> None:
+    def __init__(
+        self, seed: int, fixed: Parts, moving: Parts, modules: list[nn.Module], *, seed_given: bool
+    ) -> None:
         self.seed, self.seed_given = seed, seed_given
-        self._parts = moving
-        digests, _, unknown = _identify(fixed)
-        more, self._moving, unknown_too = _identify(moving)
+        self._parts, self._modules = moving, modules
+        digests, _, unknown = _identify(fixed, [])
+        more, self._moving, unknown_too = _identify(moving, self._learned())
         self.digests = digests | more
         self.unknown = unknown + unknown_too
 
-    def name(self, weights: list[object]) -> str:
+    def name(self) -> str:
         """Return a name that only this run from these weights has."""
-        states = [state_of(thing) for thing in self._moving]
-        return identify(of=[self.digests, self.seed, weights, states]).digest[:16]
+        weights = [module.state_dict() for module in self._modules]
+        seed = self.seed if self.seed_given else None
+        return identify(of=[self.digests, seed, weights, self._moved()]).digest[:16]
 
     def differences(self, state: dict) -> list[str]:
         """Return the parts in which the run that a checkpoint holds was another."""
@@ -55,24 +61,35 @@ class Origin:
 
     def state(self) -> dict[str, object]:
         """Return what a checkpoint has to hold of it."""
-        moved = [state_of(thing) for thing in self._moving]
-        after = _identify(self._parts)[0]
-        return {"origin": self.digests, "seed": self.seed, "moved": moved, "after": after}
+        after = _identify(self._parts, self._learned())[0]
+        return {"origin": self.digests, "seed": self.seed, "moved": self._moved(), "after": after}
 
-    def restore(self, state: dict) -> None:
-        """Bring the seed, generators and whatever else moves on to where they were."""
+    def restore(self, state: dict) -> list[str]:
+        """Bring seed, generators and whatever else moves on to where they were.
+
+        Returns
+        -------
+        list of str
+            What changed in a way that a checkpoint cannot hold.
+        """
         self.seed = state["seed"]
         for thing, moved in zip(self._moving, state["moved"], strict=True):
             set_state(thing, moved)
-        now, after = _identify(self._parts)[0], state["after"]
-        if lost := [k for part in now for k in now[part] if now[part][k] != after[part][k]]:
-            warn(
-                f"{' and '.join(lost)} changed while training in a way that a checkpoint cannot "
-                "hold: the run goes on, perhaps to other weights than without the break"
-            )
+        now, after = _identify(self._parts, self._learned())[0], state["after"]
+        return [name for part in now for name in now[part] if now[part][name] != after[part][name]]
+
+    def _moved(self) -> list[object]:
+        learned = {id(tensor) for tensor in self._learned()}
+        return [state_of(thing, learned) for thing in self._moving]
+
+    def _learned(self) -> list[Tensor]:
+        states = [module.state_dict(keep_vars=True) for module in self._modules]
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
-def _identify(parts: Parts) -> tuple[dict[str, dict[str, str]], list[object], list[str]]:
+def _identify(
+    parts: Parts, learned: list[Tensor]
+) -> tuple[dict[str, dict[str, str]], list[object], list[str]]:
     """Return digests, what moves on, and what cannot be told from others of its kind."""
     digests: dict[str, dict[str, str]] = {}
     moving: list[object] = []
@@ -81,7 +98,7 @@ def _identify(parts: Parts) -> tuple[dict[str, dict[str, str]], list[object], li
         digests[part] = dict.fromkeys(things, "unknown")
         for name, thing in things.items():
             try:
-                digests[part][name], more = identify(**{name: thing})
+                digests[part][name], more = identify(learned, **{name: thing})
             except UnidentifiableError as error:
                 unknown.append(str(error))
             else:
@@ -101,7 +118,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = user_path(path)
 
-    def open(self, origin: Origin, weights: list[object]) -> dict | None:
+    def open(self, origin: Origin) -> dict | None:
         """Return the state that is kept, if any, and make sure that another can be written.
 
         Raises
@@ -116,23 +133,18 @@ class Checkpoint:
                 f"checkpoint must be a file, got the folder {self.path}, because the run cannot be "
                 f"told from others by {' and '.join(origin.unknown)}"
             )
-        if origin.unknown:
-            warn(
-                f"checkpoint {self.path} is taken to be of this run, which cannot be told from "
-                f"others by {' and '.join(origin.unknown)}"
-            )
-        self._place(origin, weights)
+        self._place(origin)
         return self._find()
 
     def save(self, run: dict[str, object]) -> None:
         """Write the state of a run, whole or not at all."""
-        state = self.origin.state() | {"run": run}
+        state = self.origin.state() | run
         write_atomically(self.path, lambda stream: torch.save(state, stream))
 
-    def _place(self, origin: Origin, weights: list[object]) -> None:
+    def _place(self, origin: Origin) -> None:
         self.origin = origin
         if self.path.is_dir():
-            self.path /= f"{origin.name(weights)}.pt"
+            self.path /= f"{origin.name()}.pt"
         folder = Path(os.path.realpath(self.path)).parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # raises now what would be raised later
@@ -147,8 +159,22 @@ class Checkpoint:
                 f"checkpoint {self.path} was made with other {' and '.join(changed)}: delete it to "
                 "train anew, or name another file"
             )
-        self.origin.restore(state)
-        return state["run"]
+        if self.origin.unknown:
+            warn(
+                f"checkpoint {self.path} is taken to be of this run, which cannot be told from "
+                f"others by {' and '.join(self.origin.unknown)}, nor how that changed in training"
+            )
+        before = self.origin.state()
+        lost = self.origin.restore(state)
+        if lost and not state["finished"]:
+            self._go_on_without(lost, before)
+        return state
+
+    def _go_on_without(self, lost: list[str], before: dict) -> None:
+        warn(
+            f"{' and '.join(lost)} changed while training in a way that a checkpoint cannot "
+            "hold: the run goes on, perhaps to other weights than without the break"
+        )
 
 
 class CachedRun(Checkpoint):
@@ -166,7 +192,7 @@ class CachedRun(Checkpoint):
         super().__init__(folder)
         self.anew = anew
 
-    def open(self, origin: Origin, weights: list[object]) -> dict | None:
+    def open(self, origin: Origin) -> dict | None:
         """Return the state that is kept, if any."""
         self.kept = not origin.unknown
         if not self.kept:
@@ -174,7 +200,7 @@ class CachedRun(Checkpoint):
             return None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._place(origin, weights)
+            self._place(origin)
             return None if self.anew else self._find()
         except OSError as error:
             self._give_up(error)
@@ -189,6 +215,13 @@ class CachedRun(Checkpoint):
                 super().save(run)
             except OSError as error:
                 self._give_up(error)
+
+    def _go_on_without(self, lost: list[str], before: dict) -> None:
+        self.origin.restore(before)
+        raise ValueError(
+            f"{self.path} is of a run that was broken off, and does not hold how "
+            f"{' and '.join(lost)} changed"
+        )
 
     def _give_up(self, error: OSError) -> None:
         self.kept = False

@@ -81,16 +81,16 @@ def distances_of(x: Tensor, y: Tensor | None = None, *, squared: bool = False) -
 def norm_of_rows(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Euclidean distance, in the widest type, between the matching rows of each pair of matrices.
 
-    Two distances, or a few, can be added without leaving the type.
+    One too large for the type becomes its largest finite number.
     """
     wide = widest(pairs[0][0].device)
     largest = torch.finfo(wide).max
     norms = []
     for a, b in pairs:
         difference = (a.to(wide) - b.to(wide)).clamp(-largest, largest)
-        size = power_of_two(difference, 1) if a.dtype == wide else 1.0
+        size = power_of_two(difference, 1) if torch.finfo(a.dtype).max > largest**0.5 else 1.0
         norm = torch.linalg.vector_norm(difference / size, dim=1, keepdim=True)
-        norms.append((norm * size).clamp(max=largest / 4)[:, 0])
+        norms.append((norm * size).clamp(max=largest)[:, 0])
     return norms
 
 
@@ -254,13 +254,17 @@ def _by_difference(x: Tensor, y: Tensor, own: bool, squared: bool) -> Tensor:
     """
     distances = x.new_empty(len(x), len(y))
     for rows in blocks(*distances.shape):
-        block = _squares(x[rows], y)
-        if not squared:
-            block.sqrt_()
-            for beyond, scale in _beyond(block, rows.start if own else None):
-                block = torch.where(beyond, _squares(x[rows], y, scale).sqrt_().div_(scale), block)
-        distances[rows] = block
+        first = rows.start if own else None
+        distances[rows] = _squares(x[rows], y) if squared else roots_of_squares(x[rows], y, first)
     return distances.clamp_(max=torch.finfo(x.dtype).max)
+
+
+def roots_of_squares(x: Tensor, y: Tensor, diagonal: int | None = None) -> Tensor:
+    """Distances, of matrices or batches of them, right wherever their squares may lie."""
+    roots = _squares(x, y).sqrt_()
+    for beyond, scale in _beyond(roots, diagonal):
+        roots = torch.where(beyond, _squares(x, y, scale).sqrt_().div_(scale), roots)
+    return roots
 
 
 def _beyond(roots: Tensor, diagonal: int | None) -> Iterator[tuple[Tensor, float]]:
@@ -275,9 +279,9 @@ def _beyond(roots: Tensor, diagonal: int | None) -> Iterator[tuple[Tensor, float
 
 def _squares(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     """Squared distances on a scale."""
-    squares = x.new_zeros(len(x), len(y))
-    for of_x, of_y in zip(x.T, y.T, strict=True):
-        difference = of_x[:, None] - of_y
+    squares = x.new_zeros(*x.shape[:-1], y.shape[-2])
+    for of_x, of_y in zip(x.unbind(-1), y.unbind(-1), strict=True):
+        difference = of_x[..., :, None] - of_y[..., None, :]
         difference = difference if scale == 1.0 else difference.mul_(scale)
         squares.addcmul_(difference, difference)
     return squares

@@ -14,6 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from tripletlib._precision import power_of_two
 from tripletlib._validation import check_choice, check_count
 from tripletlib.losses import TripletLoss
 from tripletlib.networks import EmbeddingNet
@@ -140,7 +141,14 @@ class TripletEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             raise ValueError("y must hold at least two classes, got one class")
         self.sample_shape_ = shape or X.shape[1:]
         self.mean_ = X.mean(axis=0, dtype=np.float64)
-        self.scale_ = float(np.sqrt(np.mean((X - self.mean_) ** 2))) or 1.0
+        deviations = X - self.mean_
+        # A power of two divides without rounding, and leaves no square out of range.
+        size = power_of_two(torch.from_numpy(deviations)).item()
+        scale = float(np.sqrt(np.mean((deviations / size) ** 2)) * size)
+        if not math.isfinite(scale):
+            largest = np.abs(X).max()
+            raise ValueError(f"X must have a mean in float64's range, got {largest:.3g} in it")
+        self.scale_ = scale if scale >= np.finfo(np.float64).tiny else 1.0
 
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         samples = self._samples(X)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tripletlib._precision import no_autocast, widest
+from tripletlib._precision import no_autocast, rounding_of_products, widest
 from tripletlib._validation import check_count, check_labels, check_points
+from tripletlib.distances import roots_of_squares
 
 _CHUNK_BYTES = 2**27  # of a distance matrix held at once
 _DIFFERENCES = 2**21  # of coordinates, held at once
@@ -80,8 +81,15 @@ class Search:
         self._widest = widest(gallery.device)
         dtype = self._widest if wide else torch.promote_types(gallery.dtype, torch.float32)
         # A power of two divides without rounding; the items' coordinates become 4 at the most.
-        size = max(float(self.gallery.abs().max()), 4 * torch.finfo(gallery.dtype).tiny)
+        size = 4 * torch.finfo(gallery.dtype).tiny
+        size = max(float(self.gallery.abs().max()), size) if self.gallery.numel() else size
         self._unit = math.ldexp(1.0, math.frexp(size)[1] - 2)
+        # Beside a coordinate so much larger, squares of small ones' differences would be lost.
+        limits = torch.finfo(self._widest)
+        least = size * math.sqrt(limits.tiny / limits.eps) / limits.eps
+        self._uneven = torch.finfo(gallery.dtype).max > math.sqrt(limits.max) and bool(
+            ((self.gallery != 0) & (self.gallery.abs() < least)).any()
+        )
         self._items = self.gallery.to(dtype, copy=True).div_(self._unit)
         # About their centre the points lie nearest to zero, where rounding hurts least.
         self._centre = self._items.mean(dim=0)
@@ -105,8 +113,10 @@ class Search:
         squares = points.square().sum(dim=1)
         # By the usual bound of an inner product's error, d halves of an epsilon for |x| |y|, of
         # which there are two; the rest is for what is rounded before and after.
-        inner = points.shape[1] * (squares * self._largest).sqrt()
-        errors = torch.finfo(points.dtype).eps * (inner + 8 * (squares + self._largest))
+        eps = torch.finfo(points.dtype).eps
+        inner = points.shape[1] + 2 * rounding_of_products(points.dtype) / eps
+        inner = inner * (squares * self._largest).sqrt()
+        errors = eps * (inner + 8 * (squares + self._largest))
         rows_at_once = max(1, _CHUNK_BYTES // (points.element_size() * len(self.gallery)))
         memory = points.new_empty(min(rows_at_once, len(points)), len(self.gallery))
         for start in range(0, len(points), rows_at_once):
@@ -132,10 +142,9 @@ class Search:
 
         Equal ones are those of equal items, whichever the query.
         """
-        points = self._placed(queries)
-        pieces = self.gallery.split(max(1, _DIFFERENCES // max(1, points.shape[1])))
-        with no_autocast(points.device):
-            return torch.cat([_lengths(points, self._placed(piece)) for piece in pieces], dim=1)
+        pieces = self.gallery.split(max(1, _DIFFERENCES // max(1, queries.shape[1])))
+        with no_autocast(self.gallery.device):
+            return torch.cat([self._lengths(queries, piece) for piece in pieces], dim=1)
 
     def nearest(
         self, queries: Tensor, k: int, *, within: bool = False
@@ -177,12 +186,19 @@ class Search:
         far = torch.finfo(self._widest).max ** 0.25
         return points.clamp_(-far, far)
 
+    def _lengths(self, queries: Tensor, items: Tensor) -> Tensor:
+        if self._uneven:  # no unit brings all within range
+            wide = (of.detach().to(items.device, self._widest) for of in (queries, items))
+            return roots_of_squares(*wide).clamp_(max=torch.finfo(self._widest).max)
+        queries, items = self._placed(queries), self._placed(items)
+        return torch.cdist(queries, items, compute_mode="donot_use_mm_for_euclid_dist")
+
     def _sorted(self, queries: Tensor, indices: Tensor, k: int) -> Tensor:
         """Of the items at those indices of shape (n, width), return the k nearest to each query."""
         indices = indices.sort(dim=1).values
         rows_at_once = max(1, _DIFFERENCES // (indices.shape[1] * max(1, queries.shape[1])))
         lengths = [
-            _lengths(self._placed(some)[:, None], self._placed(self.gallery[few]))[:, 0]
+            self._lengths(some[:, None], self.gallery[few])[:, 0]
             for some, few in zip(
                 queries.split(rows_at_once), indices.split(rows_at_once), strict=True
             )
@@ -199,10 +215,6 @@ class Search:
         equal &= equal.cumsum(dim=1) <= k - nearer.sum(dim=1, keepdim=True)
         indices = (nearer | equal).nonzero()[:, 1].view(-1, k)
         return indices.gather(1, _order(distances.gather(1, indices)))
-
-
-def _lengths(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _order(distances: Tensor) -> Tensor:

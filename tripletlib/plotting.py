@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from tripletlib._validation import check_labels, check_points
+from tripletlib._validation import check_count, check_labels, check_points
 from tripletlib.distances import pairwise_distances
 from tripletlib.training import History
 
@@ -72,10 +72,12 @@ def show_images(
     -------
     Figure
     """
-    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 1:
+    good = isinstance(images, Tensor) and images.dim() == 4
+    if not good or images.shape[1] != 1 or len(images) == 0:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor of shape (n, 1, height, width), got {got}")
-    images = images.detach().cpu().float()
+    check_count(columns, "columns")
+    images, columns = images.detach().cpu().float().numpy(), int(columns)
     rows = -(-len(images) // columns)
     height = size * (1.28 if titles is not None else 1.08)
     figure, axes = plt.subplots(
@@ -122,7 +124,9 @@ def scatter_classes(
     -------
     Axes
     """
-    points = torch.as_tensor(points).detach().cpu()
+    points = torch.as_tensor(points) if isinstance(points, np.ndarray) else points
+    if isinstance(points, Tensor) and not points.is_complex():
+        points = points.detach().cpu().double()  # drawn in it anyway, of whichever type
     check_points(points, "points")
     if points.shape[1] != 2:
         raise ValueError(f"points must have shape (n, 2), got {tuple(points.shape)}")
@@ -165,8 +169,11 @@ def plot_distances(
     -------
     Axes
     """
-    distances = pairwise_distances(embeddings.detach(), squared=squared).cpu()
+    check_points(embeddings)
     check_labels(labels, len(embeddings))
+    if len(embeddings) < 2:
+        raise ValueError(f"embeddings must hold at least two rows, got {len(embeddings)}")
+    distances = pairwise_distances(embeddings.detach(), squared=squared).cpu()
     labels = labels.cpu()
     upper = torch.ones_like(distances, dtype=torch.bool).triu(diagonal=1)
     same = labels[:, None] == labels
@@ -242,9 +249,13 @@ def show_neighbours(
     -------
     Figure
     """
-    queries, query_labels, found, found_labels = (
-        of.cpu() for of in (queries, query_labels, found, found_labels)
-    )
+    given = queries, query_labels, found, found_labels
+    names = "queries", "query_labels", "found", "found_labels"
+    for name, of, dimensions in zip(names, given, (4, 1, 5, 2), strict=True):
+        if not isinstance(of, Tensor) or of.dim() != dimensions:
+            got = tuple(of.shape) if isinstance(of, Tensor) else type(of).__name__
+            raise ValueError(f"{name} must be a tensor of {dimensions} dimensions, got {got}")
+    queries, query_labels, found, found_labels = (of.cpu() for of in given)
     images = torch.cat([queries[:, None], found], dim=1)
     hits = found_labels == query_labels[:, None]
     labels = torch.cat([query_labels[:, None], found_labels], dim=1)

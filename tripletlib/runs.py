@@ -55,21 +55,27 @@ def load_or_fit(
     - images and labels, number for number;
     - what `make_network` built: its initial weights, all its attributes, and its code;
     - the loss, the augmentation and the batch sampler, with their attributes (whether ``repr``
-      prints them or not), closures, default arguments and random generators, and the code of their
-      classes and functions, down to the global names and the reader's own modules that they use;
+      prints them or not), weights, hooks, closures, default arguments and random generators, and
+      the code of their classes and functions, down to the global names and the reader's own modules
+      that they use;
     - the other settings of `fit`, the code of this package, the versions of Python and torch, and
       of other installed libraries where the above uses them.
 
     What holds something that cannot be told from others of its kind (a lock, an open file, compiled
     code) is trained each time, and a warning names it. Not looked at are the `callback`, which
-    watches, files of which only the path is held, and machine and threads, which may round
-    differently.
+    watches, files of which only the path is held, the order of attributes, annotations, and machine
+    and threads, which may round differently.
     """
     if "checkpoint" in options:
         raise TypeError("load_or_fit keeps its own checkpoint; with one of yours, use fit")
+    if isinstance(make_network, nn.Module) or not callable(make_network):
+        raise TypeError(
+            "make_network must be a function or class that builds a network, got "
+            f"{type(make_network).__name__}"
+        )
     check_count(seed, "seed", low=0)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         network = make_network()
         materialise(network, images)
     try:

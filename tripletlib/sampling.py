@@ -56,7 +56,7 @@ def draw_triplets(
     E. Hoffer, N. Ailon, "Deep metric learning using Triplet network", arXiv 1412.6622, 2014,
     section 3.
     """
-    check_labels(labels, len(labels), of="labels")
+    check_labels(labels)
     check_count(count, "count")
     _, which, sizes = labels.unique(return_inverse=True, return_counts=True)
     several = torch.nonzero(sizes > 1)[:, 0]
@@ -68,7 +68,8 @@ def draw_triplets(
 
     def below(limits: Tensor | int) -> Tensor:
         # From so wide a range that the remainders are as good as uniform.
-        return torch.randint(2**62, (count,), generator=generator).to(labels.device) % limits
+        drawn = torch.randint(2**62, (count,), generator=generator, device=_place(generator))
+        return drawn.to(labels.device) % limits
 
     # Members of a class lie side by side in `order`, from `first` on.
     order, first = which.argsort(), sizes.cumsum(dim=0) - sizes
@@ -82,6 +83,11 @@ def draw_triplets(
         order[first[like] + positive],
         order[first[unlike] + negative],
     )
+
+
+def _place(generator: torch.Generator | None) -> torch.device:
+    """Return where a generator draws, whatever the default device is."""
+    return torch.device("cpu") if generator is None else generator.device
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
@@ -136,7 +142,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_labels(labels, len(labels), of="labels")
+        check_labels(labels)
         check_count(classes_per_batch, "classes_per_batch", low=2)
         check_count(images_per_class, "images_per_class", low=2)
         _, self._classes, self._sizes = labels.cpu().unique(return_inverse=True, return_counts=True)
@@ -173,7 +179,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
             yield batch
 
     def _shuffled(self, things: Sequence[int]) -> list[int]:
-        order = torch.randperm(len(things), generator=self.generator).tolist()
+        place = _place(self.generator)
+        order = torch.randperm(len(things), generator=self.generator, device=place).tolist()
         return [things[i] for i in order]
 
     def _hand(self, deck: list[int], everything: Sequence[int], count: int) -> list[int]:

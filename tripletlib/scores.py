@@ -99,7 +99,8 @@ def knn_accuracy(
     """
     _check_queries(embeddings, labels)
     predicted = KNNClassifier(gallery, gallery_labels, k).predict(embeddings)
-    return Score.of_successes(int((predicted.cpu() == labels.cpu()).sum()), len(labels))
+    right = predicted.cpu() == labels.cpu().to(torch.int64)
+    return Score.of_successes(int(right.sum()), len(labels))
 
 
 def recall_at_k(
@@ -141,7 +142,7 @@ def recall_at_k(
     """
     gallery, gallery_labels, within = _where_to_search(embeddings, labels, gallery, gallery_labels)
     check_k(k, len(gallery) - within)
-    gallery_labels, labels = gallery_labels.cpu(), labels.cpu()
+    gallery_labels, labels = (of.cpu().to(torch.int64) for of in (gallery_labels, labels))
     found = sum(
         int((gallery_labels[neighbours.cpu()] == labels[rows, None]).any(dim=1).sum())
         for rows, neighbours in Search(gallery).nearest(embeddings, k, within=within)

@@ -23,6 +23,8 @@ _EFFORT = {"hnsw": 64, "ivf": 16}
 _MAGIC = b"tripletlib search index 1\n"
 _MAGIC_GROUPED = b"tripletlib search index 2\n"  # with a table of equal embeddings before FAISS's
 _DIGEST_BYTES = hashlib.sha256().digest_size
+# A smaller number's square is lost to float32's least, as it would be to rounding beside 1.
+_LEAST = (torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps) ** 0.5
 
 
 class SearchIndex:
@@ -47,8 +49,8 @@ class SearchIndex:
     Raises
     ------
     TypeError, ValueError
-        If embeddings is not a finite floating-point matrix of at least one row and column, or kind
-        is none of the three.
+        If embeddings is not a finite floating-point matrix of at least one row and column, its
+        squared distances leave float32's range, or kind is none of the three.
     ImportError
         If FAISS is not installed (``pip install faiss-cpu``).
 
@@ -75,7 +77,7 @@ class SearchIndex:
 
     def __init__(self, embeddings: Tensor, kind: Literal["exact", "hnsw", "ivf"] = "exact") -> None:
         check_choice(kind, _KINDS, "kind")
-        points = _as_array(embeddings, "embeddings")
+        points = _as_array(embeddings, "embeddings", _LEAST)
         if points.size == 0:
             raise ValueError(f"embeddings must not be empty, got shape {points.shape}")
         cells = max(1, round(len(points) ** 0.5))
@@ -123,8 +125,8 @@ class SearchIndex:
         Raises
         ------
         TypeError, ValueError
-            If queries is not a finite floating-point matrix of d columns, k or effort is out of
-            range, or effort is given to an exact index.
+            If queries is not a finite floating-point matrix of d columns, its squared distances
+            leave float32's range, k or effort is out of range, or an exact index is given effort.
         """
         points = _as_array(queries, "queries")
         if points.shape[1] != self.index.d:
@@ -135,6 +137,7 @@ class SearchIndex:
         if k > len(self):
             raise ValueError(f"k must be at most the {len(self)} embeddings, got {k}")
         self._try_as_hard_as(effort)
+        k = int(k)  # FAISS takes no integer of NumPy's
         entries = min(k, self.index.ntotal)
         squared, indices = self.index.search(points, entries)
         short = (indices < 0).any(axis=1)
@@ -262,12 +265,19 @@ def _ungrouped(
     return squared.ravel().repeat(wanted).reshape(shape), rows[places].reshape(shape)
 
 
-def _as_array(points: Tensor, name: str) -> np.ndarray:
+def _as_array(points: Tensor, name: str, least: float = 0.0) -> np.ndarray:
     """Check points, and return them as FAISS wants them."""
     check_points(points, name)
-    single = points.detach().cpu().to(torch.float32)
-    check_points(single, name)  # a large double may have become infinite
-    return np.ascontiguousarray(single.numpy())
+    points = points.detach().cpu()
+    largest = max(map(abs, map(float, points.aminmax()))) if points.numel() else 0.0
+    # Of two such points the squared distance, and either half of it, is half of what float32 holds.
+    most = (torch.finfo(torch.float32).max / 8 / max(1, points.shape[1])) ** 0.5
+    if not (largest == 0 or least <= largest <= most):
+        raise ValueError(
+            f"{name} must have a largest coordinate from {least:.3g} to {most:.3g}, whose square "
+            f"float32 holds, got {largest:.3g}"
+        )
+    return np.ascontiguousarray(points.to(torch.float32).numpy())
 
 
 def _faiss() -> ModuleType:

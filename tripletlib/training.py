@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from typing import Literal
 
@@ -167,9 +167,12 @@ def fit(
     """
     loss = TripletLoss() if loss is None else loss
     _check_arguments(
-        network, loss, images, labels, epochs, batch_size, learning_rate, batch_sampler
+        *(network, loss, images, labels, epochs, batch_size, learning_rate),
+        *(batch_sampler, augment, callback, bf16),
     )
     check_count(0 if seed is None else seed, "seed", low=0)
+    # Plain numbers, as PyTorch and files want them, of NumPy's.
+    epochs, batch_size, learning_rate = int(epochs), int(batch_size), float(learning_rate)
     if count_valid(labels) == 0:
         warn("labels hold no triplet, which takes two images of one class and one of another")
     augment = jitter if augment is None and images.dim() == 4 else augment
@@ -178,10 +181,17 @@ def fit(
     if batch_sampler is None:
         places, lone = RandomSampler(range(len(images))), len(images) % batch_size == 1
         batch_sampler = BatchSampler(places, batch_size, drop_last=lone)
-    drawn = int(torch.randint(2**31, ())) if seed is None else seed
-    with _own_randomness(device), no_autocast(device):
+    drawn = int(torch.randint(2**31, ()) if seed is None else seed)
+    with (
+        _own_randomness(device),
+        no_autocast(device),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         materialise(network, images)
         _start_training(network)
+        if isinstance(loss, nn.Module):
+            _freeze(loss)
         run = _Run(network, loss, learning_rate, epochs * len(batch_sampler), augment, bf16, drawn)
         if checkpoint is not None:
             numbers = (epochs, batch_size, learning_rate, bf16)
@@ -201,7 +211,7 @@ def fit(
                     if callback is not None:
                         callback(run.history)
                 run.epoch = epoch + 1
-                run.save()
+                run.save(finished=run.epoch == epochs)
     network.eval()
     return run.history
 
@@ -233,6 +243,8 @@ class _Run:
             )
             for optimizer in self.optimizers
         ]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.weights = [weight for group in groups for weight in group["params"]]
         self.steps, self.seed = steps, seed
         self.history = History()
         self.epoch = 0
@@ -244,16 +256,17 @@ class _Run:
         if step == self.steps:
             raise ValueError(f"batch_sampler gave more batches than its length: {step} in all")
         images, labels = self.augment(images) if self.augment else images, labels.long()
-        if self.bf16:
-            # A cache of weights would outlive the step: it is emptied outside any autocast only.
-            with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
-                embeddings = self.network(images).float()
-        else:
+        with _bfloat16(images.device) if self.bf16 else nullcontext():
             embeddings = self.network(images)
         check_points(embeddings)
+        embeddings = embeddings.float() if self.bf16 else embeddings
         check_labels(labels, len(embeddings))
         value = self.loss(embeddings, labels)
         _check_loss(value, step)
+        if not (embeddings.requires_grad or value.requires_grad or _is_trained(self.loss)):
+            raise ValueError(
+                "network must give embeddings that depend on its parameters, got detached ones"
+            )
         row = {
             "step": step,
             "loss": value.item(),
@@ -263,6 +276,9 @@ class _Run:
             optimizer.zero_grad()
         if value.requires_grad:  # a loss may give a bare 0 where a batch holds nothing for it
             value.backward()
+        for weight in self.weights:
+            if weight.grad is not None and weight.grad.is_sparse:  # our optimisers are for dense
+                weight.grad = weight.grad.to_dense()
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
@@ -280,22 +296,22 @@ class _Run:
         """Keep the run in a checkpoint, and go on from there if it is kept already."""
         fixed = {"data": {"data": data}, "code": {"code": fit, "precision": _precision()}}
         moving = {"network": {"network": self.network}, "settings": settings | {"loss": self.loss}}
-        origin = Origin(self.seed, fixed, moving, seed_given=seed_given)
+        origin = Origin(self.seed, fixed, moving, self._modules(), seed_given=seed_given)
         is_ours = isinstance(checkpoint, Checkpoint)
         self.checkpoint = checkpoint if is_ours else Checkpoint(checkpoint)
-        state = self.checkpoint.open(origin, [part.state_dict() for part in self._modules()])
+        state = self.checkpoint.open(origin)
         if state is not None:
             for part, of_part in zip(self._parts(), state["parts"], strict=True):
                 part.load_state_dict(of_part)
             self.history.rows[:] = state["history"]
             self.epoch, self.seed = state["epoch"], origin.seed
 
-    def save(self) -> None:
+    def save(self, *, finished: bool) -> None:
         """Write the checkpoint whole, if there is to be one."""
         if self.checkpoint is not None:
             parts = [part.state_dict() for part in self._parts()]
-            state = {"parts": parts, "history": self.history.rows, "epoch": self.epoch}
-            self.checkpoint.save(state)
+            state = {"parts": parts, "epoch": self.epoch, "finished": finished}
+            self.checkpoint.save(state | {"history": [_plain(row) for row in self.history.rows]})
 
     def _modules(self) -> list[nn.Module]:
         return [self.network, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
@@ -306,20 +322,34 @@ class _Run:
 
 def materialise(network: nn.Module, images: Tensor) -> None:
     """Give the parameters of lazy layers, which learn their shapes from data, shape and value."""
-    if any(map(is_lazy, network.parameters())):
+    if any(map(is_lazy, [*network.parameters(), *network.buffers()])):
         embed(network, images[:2])
 
 
 def _start_training(network: nn.Module) -> None:
     """Put a network into training mode, but for what its owner froze."""
     kept = [module for module in network.modules() if network.training and not module.training]
-    for module in network.modules():
-        weights = list(module.parameters())
-        if weights and not any(weight.requires_grad for weight in weights):
-            kept += module.modules()
     network.train()
     for module in kept:
         module.training = False
+    _freeze(network)
+
+
+def _freeze(network: nn.Module) -> None:
+    """Put the parts that have parameters, and none to be trained, into evaluation mode."""
+    for module in network.modules():
+        if next(module.parameters(), None) is not None and not _is_trained(module):
+            module.eval()
+
+
+def _is_trained(part: object) -> bool:
+    weights = part.parameters() if isinstance(part, nn.Module) else ()
+    return any(weight.requires_grad for weight in weights)
+
+
+def _plain(row: dict[str, object]) -> dict[str, object]:
+    """Make NumPy's numbers, which a callback may have added, Python's, which a file can keep."""
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
 
 
 def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
@@ -342,8 +372,11 @@ def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        If images is not a floating-point tensor of at least one image, or batch_size is below 1.
+        If network or what it gives is of another type, images is not a floating-point tensor of at
+        least one image, or batch_size is below 1.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be an nn.Module, got {type(network).__name__}")
     check_images(images)
     check_count(batch_size, "batch_size")
     device = next(network.parameters(), torch.empty(0)).device
@@ -352,10 +385,17 @@ def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
         network.eval()
     try:
         with torch.no_grad(), no_autocast(device):
-            return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
+            parts = images.split(int(batch_size))
+            return torch.cat([_rows(network(part.to(device))) for part in parts])
     finally:
         for module in training:
             module.training = True
+
+
+def _rows(output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"network must give a tensor, got {type(output).__name__}")
+    return output.cpu()
 
 
 def _check_arguments(
@@ -367,13 +407,21 @@ def _check_arguments(
     batch_size: int,
     learning_rate: float,
     batch_sampler: object,
+    augment: object,
+    callback: object,
+    bf16: object,
 ) -> None:
     if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
         raise TypeError(f"network must be an nn.Module with parameters, got {network!r}")
     if not callable(loss):
         raise TypeError(f"loss must be callable, got {type(loss).__name__}")
-    weights = [*network.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
-    if not any(weight.requires_grad for weight in weights):
+    if not callable(augment) and augment not in (None, False):
+        raise TypeError(f"augment must be callable, False or None, got {augment!r}")
+    if not callable(callback) and callback is not None:
+        raise TypeError(f"callback must be callable, got {callback!r}")
+    if bf16 not in (None, True, False):
+        raise TypeError(f"bf16 must be True, False or None, got {bf16!r}")
+    if not _is_trained(network) and not _is_trained(loss):
         raise ValueError("network must have a parameter that requires a gradient, got none")
     check_images(images)
     check_labels(labels, len(images), of="images")
@@ -382,9 +430,11 @@ def _check_arguments(
     check_count(epochs, "epochs")
     check_count(batch_size, "batch_size", low=2)
     check_number(learning_rate, "learning_rate", strict=True)
-    if batch_sampler is not None and not hasattr(batch_sampler, "__len__"):
+    has_both = hasattr(batch_sampler, "__len__") and hasattr(batch_sampler, "__iter__")
+    if batch_sampler is not None and not has_both:
         raise TypeError(
-            f"batch_sampler must have a length, got {type(batch_sampler).__name__} without one"
+            "batch_sampler must have a length and be iterable, got "
+            f"{type(batch_sampler).__name__}, which is not"
         )
     if batch_sampler is not None and len(batch_sampler) == 0:
         raise ValueError("batch_sampler must have at least one batch, got none")
@@ -394,6 +444,8 @@ def _check_loss(value: object, step: int) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"loss must return a tensor of one number, got {got}")
+    if value.is_complex():
+        raise TypeError(f"loss must return a real number, got {value.dtype}")
     if not math.isfinite(value.item()):
         raise FloatingPointError(
             f"loss is {value.item()} at step {step}: try a lower learning_rate"
@@ -403,9 +455,10 @@ def _check_loss(value: object, step: int) -> None:
 def _places(batch: Sequence[int], images: int) -> Tensor:
     """Make a batch of `batch_sampler` an index tensor."""
     try:
-        as_is = isinstance(batch, (Tensor, np.ndarray))
-        places = torch.as_tensor(batch if as_is else list(batch))
-        integers = not places.is_floating_point() and places.dtype != torch.bool
+        as_list = batch.tolist() if isinstance(batch, np.ndarray) else batch
+        places = torch.as_tensor(batch if isinstance(batch, Tensor) else list(as_list))
+        integers = not (places.is_floating_point() or places.is_complex())
+        integers = integers and places.dtype != torch.bool
     except (TypeError, ValueError, RuntimeError):
         integers = False
     if not integers or places.dim() != 1 or not len(places):
@@ -441,6 +494,11 @@ def _seed_all(seed: int, epoch: int) -> None:
 def _precision() -> tuple[str, ...]:
     """Tell what else decides how torch rounds."""
     return (torch.__version__, torch.get_float32_matmul_precision())
+
+
+def _bfloat16(device: torch.device) -> torch.autocast:
+    # A cache of weights would outlive the step: it is emptied outside any autocast only.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def _has_fast_bf16(device: torch.device) -> bool:

@@ -265,7 +265,8 @@ def active_triplets(
 
 def round_margin(margin: float, dtype: torch.dtype) -> float:
     """Give the margin as the type of the distances has it."""
-    return torch.tensor(min(margin, torch.finfo(dtype).max), dtype=dtype).item()
+    margin = min(float(margin), torch.finfo(dtype).max)
+    return torch.tensor(margin, dtype=dtype, device="cpu").item()
 
 
 def _members(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,6 +287,7 @@ def _add_up(distances: Tensor, margin: float) -> Tensor:
     A float is below the exact sum if and only if it is below the sum rounded up, so comparisons
     are exact even where the margin is lost in a huge distance.
     """
+    margin = float(margin)
     total = distances + margin
     shadow = total - distances
     lost = (distances - (total - shadow)) + (margin - shadow)

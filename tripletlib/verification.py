@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor
 
+from tripletlib._precision import within
 from tripletlib._validation import check_count, check_labels, check_points
 from tripletlib.distances import distances_of, norm_of_rows
 from tripletlib.scores import Score
@@ -137,9 +139,10 @@ class VerificationReport:
 
         Raises
         ------
-        ValueError
-            If the threshold is NaN.
+        TypeError, ValueError
+            If the threshold is no number, or NaN.
         """
+        threshold = _as_double(threshold, "threshold")
         if math.isnan(threshold):
             raise ValueError("threshold must be a number, got nan")
         false_accepts, true_accepts = self._accepted(threshold)
@@ -157,11 +160,12 @@ class VerificationReport:
 
         Raises
         ------
-        ValueError
-            If `far` is not between 0 and 1.
+        TypeError, ValueError
+            If `far` is no number between 0 and 1.
         """
+        far = _as_double(far, "far")
         if not 0 <= far <= 1:
-            raise ValueError(f"far must be between 0 and 1, got {far!r}")
+            raise ValueError(f"far must be between 0 and 1, got {far}")
         # By division, as the rate is computed: far * pairs may be rounded over a whole number.
         allowed = bisect_right(
             range(1, self.different_pairs + 1), far, key=lambda pairs: pairs / self.different_pairs
@@ -180,8 +184,8 @@ class VerificationReport:
 
         Raises
         ------
-        ValueError
-            If `far` is not between 0 and 1.
+        TypeError, ValueError
+            If `far` is no number between 0 and 1.
         """
         _, true_accepts = self._accepted(self.threshold_at_far(far))
         return Score.of_successes(true_accepts, self.same_pairs)
@@ -236,11 +240,11 @@ class VerificationReport:
 
     def _accepted(self, threshold: float) -> tuple[int, int]:
         """Count the different and the same pairs of distance at most `threshold`."""
-        counts = (
-            np.searchsorted(distances, distances.dtype.type(threshold), side="right")
+        # Not by `searchsorted`, which in the distances' own type would round the threshold.
+        false_accepts, true_accepts = (
+            bisect_right(distances, threshold)
             for distances in (self.different_distances, self.same_distances)
         )
-        false_accepts, true_accepts = map(int, counts)
         return false_accepts, true_accepts
 
     def _rates(
@@ -393,7 +397,8 @@ def _drawn_pairs(
     step = max(1, _BLOCK_ELEMENTS // max(1, embeddings.shape[1]))
     parts = zip(first.split(step), second.split(step), strict=True)
     distances = [norm_of_rows((embeddings[a], embeddings[b]))[0] for a, b in parts]
-    return torch.cat(distances).to(_distance_dtype(embeddings)), labels[first] == labels[second]
+    distances = within(torch.cat(distances), _distance_dtype(embeddings))
+    return distances, labels[first] == labels[second]
 
 
 def _distance_dtype(embeddings: Tensor) -> torch.dtype:
@@ -420,6 +425,14 @@ def _ranks(count: int) -> np.ndarray:
     towards_start = np.geomspace(1, count, _CURVE_POINTS // 2).astype(int) - 1
     evenly = np.linspace(0, count - 1, _CURVE_POINTS // 2).astype(int)
     return np.unique(np.concatenate([towards_start, evenly, count - 1 - towards_start]))
+
+
+def _as_double(value: float, name: str) -> np.float64:
+    """Widen a number, or a tensor of one, so that comparing it does not round it."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return np.float64(value)
 
 
 def _as_vector(values: Tensor | np.ndarray, name: str) -> np.ndarray:
