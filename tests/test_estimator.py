@@ -182,7 +182,7 @@ def test_bad_arguments_are_named(options, X, y, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("power", [-990, -560, 560, 1000])
+@pytest.mark.parametrize("power", [-990, 1000])
 def test_the_unit_of_the_data_does_not_matter_however_extreme(kind, power):
     unit = 2.0**power
     usual, extreme = small(kind).fit(X, Y), small(kind).fit(X * unit, Y)
