@@ -7,7 +7,7 @@ from devices import DEVICES, FAKE, FakeDevice, NoDouble
 from sklearn.neighbors import KNeighborsClassifier
 
 from tripletlib import KNNClassifier, knn_accuracy
-from tripletlib.neighbours import Search
+from tripletlib.neighbours import Search, _smallest
 
 
 def clusters(count, dimensions=8, classes=5, seed=0):
@@ -289,3 +289,18 @@ def test_points_without_columns_are_all_at_distance_zero():
     labels = torch.tensor([3, 1, 1, 2])
     predicted = KNNClassifier(torch.zeros(4, 0), labels, 3).predict(torch.zeros(2, 0))
     assert predicted.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("width", [5, 700, 3328, 3391, 5000])
+@pytest.mark.parametrize("count", [1, 13])
+def test_the_smallest_of_rows_are_those_of_topk(width, count):
+    count = min(count, width)
+    rows = torch.stack([torch.randperm(width).float() for _ in range(20)])
+    rows[0, :] = 3.0
+    rows[1, -1] = -torch.inf
+    values, places = _smallest(rows, count)
+    expected = rows.topk(count, largest=False)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(places[1:], expected.indices[1:])
+    assert torch.equal(rows.gather(1, places), values)
+    assert len(places[0].unique()) == count

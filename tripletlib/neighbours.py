@@ -96,8 +96,6 @@ class Search:
         self._items -= self._centre
         self._squared_norms = self._items.square().sum(dim=1)
         self._largest = self._squared_norms.max()
-        # As columns, so that a query that comes alone adds up whole rows.
-        self._items = self._items.T.contiguous()
 
     def distances(
         self, queries: Tensor, *, within: bool = False
@@ -123,7 +121,7 @@ class Search:
             rows = slice(start, min(start + rows_at_once, len(points)))
             block = memory[: rows.stop - start]
             with no_autocast(block.device):
-                torch.addmm(self._squared_norms, points[rows], self._items, alpha=-2, out=block)
+                torch.addmm(self._squared_norms, points[rows], self._items.T, alpha=-2, out=block)
             if within:
                 block.diagonal(start).fill_(torch.inf)
             yield rows, block, errors[rows]
@@ -157,25 +155,32 @@ class Search:
         self.check(queries)
         queries = queries.to(self.gallery.device)
         for rows, block, errors in self.distances(queries, within=within):
-            found = torch.empty(len(block), k, dtype=torch.int64, device=block.device)
-            left, width = torch.arange(rows.start, rows.stop, device=block.device), k + _SPARE
-            while len(left) and _MOST * width < len(self.gallery):
-                values, indices = block.topk(width, largest=False)
-                # Whatever is not among them is farther than k of them.
-                sure = values[:, -1] - values[:, k - 1] > 2 * errors
-                if sure.all():
-                    found[left - rows.start] = self._sorted(queries[left], indices, k)
-                    left = left[:0]
-                    break
-                chosen = left[sure]
-                found[chosen - rows.start] = self._sorted(queries[chosen], indices[sure], k)
-                left, block, errors = left[~sure], block[~sure], errors[~sure]
-                width *= 4
-            step = max(1, _DIFFERENCES // len(self.gallery))
-            for few in left.split(step) if len(left) else ():
-                itself = few if within else None
-                found[few - rows.start] = self._by_differences(queries[few], k, itself)
-            yield rows, found
+            itself = torch.arange(rows.start, rows.stop, device=block.device) if within else None
+            yield rows, self._nearest(queries[rows], block, errors, k, itself, k + _SPARE)
+
+    def _nearest(
+        self,
+        queries: Tensor,
+        block: Tensor,
+        errors: Tensor,
+        k: int,
+        itself: Tensor | None,
+        width: int,
+    ) -> Tensor:
+        """Return the k nearest by differences of coordinates, of as few items as are sure to do."""
+        if _MOST * width >= len(self.gallery):
+            return self._by_differences(queries, k, itself)
+        values, indices = _smallest(block, width)
+        # Whatever is not among them is farther than k of them.
+        sure = values[:, -1] - values[:, k - 1] > 2 * errors
+        if sure.all():
+            return self._sorted(queries, indices, k)
+        found, rest = torch.empty_like(indices[:, :k]), ~sure
+        if sure.any():
+            found[sure] = self._sorted(queries[sure], indices[sure], k)
+        itself = None if itself is None else itself[rest]
+        found[rest] = self._nearest(queries[rest], block[rest], errors[rest], k, itself, 4 * width)
+        return found
 
     def _placed(self, points: Tensor) -> Tensor:
         """Bring points to the gallery's device, unit and widest type, and within its range.
@@ -207,14 +212,35 @@ class Search:
 
     def _by_differences(self, queries: Tensor, k: int, itself: Tensor | None) -> Tensor:
         """Return the k nearest of the whole gallery, but for the items themselves if given."""
-        distances = self.differences(queries)
-        if itself is not None:
-            distances.scatter_(1, itself[:, None], torch.inf)
-        farthest = distances.topk(k, largest=False).values[:, -1:]
-        nearer, equal = distances < farthest, distances == farthest
-        equal &= equal.cumsum(dim=1) <= k - nearer.sum(dim=1, keepdim=True)
-        indices = (nearer | equal).nonzero()[:, 1].view(-1, k)
-        return indices.gather(1, _order(distances.gather(1, indices)))
+        found = queries.new_empty(len(queries), k, dtype=torch.int64)
+        for some in torch.arange(len(queries)).split(max(1, _DIFFERENCES // len(self.gallery))):
+            distances = self.differences(queries[some])
+            if itself is not None:
+                distances.scatter_(1, itself[some, None], torch.inf)
+            farthest = distances.topk(k, largest=False).values[:, -1:]
+            nearer, equal = distances < farthest, distances == farthest
+            equal &= equal.cumsum(dim=1) <= k - nearer.sum(dim=1, keepdim=True)
+            indices = (nearer | equal).nonzero()[:, 1].view(-1, k)
+            found[some] = indices.gather(1, _order(distances.gather(1, indices)))
+        return found
+
+
+def _smallest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the smallest numbers of each row in order, and their places, as `topk` does.
+
+    They are among the groups whose minima are smallest, which takes a third of the time to find.
+    """
+    group = 64
+    whole = rows.shape[1] // group * group
+    if whole < 4 * count * group:
+        return rows.topk(count, largest=False)
+    minima = rows[:, :whole].unflatten(1, (-1, group)).amin(dim=2)
+    groups = minima.topk(count, largest=False).indices
+    members = (groups[:, :, None] * group + torch.arange(group, device=rows.device)).flatten(1)
+    rest = torch.arange(whole, rows.shape[1], device=rows.device).expand(len(rows), -1)
+    places = torch.cat([members, rest], dim=1)
+    values, found = rows.gather(1, places).topk(count, largest=False)
+    return values, places.gather(1, found)
 
 
 def _order(distances: Tensor) -> Tensor:
