@@ -76,10 +76,6 @@ NEIGHBOURS = (IMAGES[:2], LABELS[:2], IMAGES.view(2, 3, 1, 4, 4), LABELS.view(2,
         (lambda: show_images(None), "images must be a tensor of shape .* got NoneType"),
         (lambda: show_images(IMAGES[:0]), r"images must be .* got \(0, 1, 4, 4\)"),
         (lambda: show_images(IMAGES, columns=0), "columns must be a whole number"),
-        (lambda: show_neighbours(None, *NEIGHBOURS[1:]), "queries must be .* got NoneType"),
-        (lambda: show_neighbours(IMAGES, 1, *NEIGHBOURS[2:]), "query_labels must be .* got int"),
-        (lambda: show_neighbours(*NEIGHBOURS[:2], IMAGES, LABELS), r"found must .* \(6, 1, 4, 4\)"),
-        (lambda: show_neighbours(*NEIGHBOURS[:3], LABELS), r"found_labels must be .* \(6,\)"),
     ],
 )
 def test_bad_arguments_are_named(draw, message):
@@ -89,3 +85,12 @@ def test_bad_arguments_are_named(draw, message):
 
 def test_columns_may_be_a_numpy_integer():
     assert len(show_images(IMAGES, columns=np.uint8(4)).axes) == 8
+
+
+def test_neighbours_are_called_by_their_number_or_by_a_name():
+    def titles(**options):
+        return [ax.get_title() for ax in show_neighbours(*NEIGHBOURS, **options).axes]
+
+    numbers = ["0", *"010", "1", *"101"]
+    assert titles() == numbers
+    assert titles(names=("even", "odd")) == [("even", "odd")[int(n)] for n in numbers]

@@ -249,13 +249,9 @@ def show_neighbours(
     -------
     Figure
     """
-    given = queries, query_labels, found, found_labels
-    names = "queries", "query_labels", "found", "found_labels"
-    for name, of, dimensions in zip(names, given, (4, 1, 5, 2), strict=True):
-        if not isinstance(of, Tensor) or of.dim() != dimensions:
-            got = tuple(of.shape) if isinstance(of, Tensor) else type(of).__name__
-            raise ValueError(f"{name} must be a tensor of {dimensions} dimensions, got {got}")
-    queries, query_labels, found, found_labels = (of.cpu() for of in given)
+    queries, query_labels, found, found_labels = (
+        of.cpu() for of in (queries, query_labels, found, found_labels)
+    )
     images = torch.cat([queries[:, None], found], dim=1)
     hits = found_labels == query_labels[:, None]
     labels = torch.cat([query_labels[:, None], found_labels], dim=1)
