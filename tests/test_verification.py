@@ -543,7 +543,7 @@ def test_a_rate_of_any_type_is_the_number_that_it_is(far):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])
-def test_a_threshold_is_compared_as_the_number_that_it_is(dtype):
+def test_a_threshold_is_compared_in_the_precision_of_the_distances(dtype):
     generator = np.random.default_rng(0)
     distances = generator.choice(np.linspace(-1, 1, 21), 400).astype(dtype)
     distances[:2] = np.finfo(np.float16).max, np.finfo(np.float16).min
@@ -558,7 +558,11 @@ def test_a_threshold_is_compared_as_the_number_that_it_is(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for threshold in thresholds:
-            accepted = distances.astype(float) <= float(threshold)
+            with np.errstate(over="ignore"):
+                accepted = distances <= dtype(threshold)
+            if dtype is not np.longdouble:
+                compared = torch.from_numpy(distances) <= float(threshold)
+                assert compared.tolist() == accepted.tolist()
             assert report.at(threshold) == (accepted[~same].mean(), (~accepted[same]).mean())
 
 

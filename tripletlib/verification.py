@@ -137,6 +137,8 @@ class VerificationReport:
     def at(self, threshold: float) -> ErrorRates:
         """Return both error rates of accepting pairs of distance at most `threshold`.
 
+        They are compared in the distances' own precision, as by ``distances <= threshold``.
+
         Raises
         ------
         TypeError, ValueError
@@ -240,12 +242,12 @@ class VerificationReport:
 
     def _accepted(self, threshold: float) -> tuple[int, int]:
         """Count the different and the same pairs of distance at most `threshold`."""
-        # Not by `searchsorted`, which in the distances' own type would round the threshold.
-        false_accepts, true_accepts = (
-            bisect_right(distances, threshold)
-            for distances in (self.different_distances, self.same_distances)
-        )
-        return false_accepts, true_accepts
+        with np.errstate(over="ignore"):  # one too large for the type is above all distances
+            counts = [
+                int(np.searchsorted(distances, distances.dtype.type(threshold), side="right"))
+                for distances in (self.different_distances, self.same_distances)
+            ]
+        return counts[0], counts[1]
 
     def _rates(
         self, thresholds: np.ndarray | float, side: str = "right"
