@@ -163,8 +163,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of one epoch."""
         # One shuffle of all images, sorted by class, is a shuffled deck for each.
-        images = self._shuffled(range(len(self._classes)))
-        images = [images[i] for i in self._classes[images].argsort(stable=True).tolist()]
+        shuffled = self._order(len(self._classes))
+        images = shuffled[self._classes[shuffled].argsort(stable=True)].tolist()
         stops = self._sizes.cumsum(dim=0).tolist()
         stretches = [slice(*ends) for ends in zip([0, *stops], stops, strict=False)]
         decks: dict[int, list[int]] = {}  # of the classes drawn so far
@@ -179,9 +179,11 @@ class BalancedBatchSampler(Sampler[list[int]]):
             yield batch
 
     def _shuffled(self, things: Sequence[int]) -> list[int]:
+        return [things[i] for i in self._order(len(things)).tolist()]
+
+    def _order(self, count: int) -> Tensor:
         place = _place(self.generator)
-        order = torch.randperm(len(things), generator=self.generator, device=place).tolist()
-        return [things[i] for i in order]
+        return torch.randperm(count, generator=self.generator, device=place).cpu()
 
     def _hand(self, deck: list[int], everything: Sequence[int], count: int) -> list[int]:
         """Take so many off the deck; when it is out, start another of everything.
