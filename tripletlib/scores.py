@@ -258,6 +258,7 @@ def _mean_at_r(
     gallery, gallery_labels, within = _where_to_search(embeddings, labels, gallery, gallery_labels)
     if len(gallery) == 0:
         raise ValueError("gallery must hold at least one item, got none")
+    labels, gallery_labels = labels.to(torch.int64), gallery_labels.to(torch.int64)
     # In the order of labels, a class is a stretch of queries and a stretch of the gallery.
     order, gallery_order = labels.argsort(stable=True), gallery_labels.argsort(stable=True)
     labels = labels[order].cpu().numpy()
