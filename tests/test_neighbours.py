@@ -304,3 +304,19 @@ def test_the_smallest_of_rows_are_those_of_topk(width, count):
     assert torch.equal(places[1:], expected.indices[1:])
     assert torch.equal(rows.gather(1, places), values)
     assert len(places[0].unique()) == count
+
+
+@pytest.mark.parametrize("items", [2047, 2048, 2049, 6144, 7000])
+def test_the_product_with_one_query_is_that_with_many(items):
+    gallery, queries = torch.randn(items, 7), torch.randn(3, 7)
+    search = Search(gallery)
+    ((_, together, errors),) = search.distances(queries)
+    for row, query in enumerate(queries):
+        ((_, alone, error),) = search.distances(query[None])
+        assert (alone[0] - together[row]).abs().max() <= error + errors[row]
+    exact = (queries[:, None].double() - gallery).square().sum(2)
+    exact -= exact.mean(dim=1, keepdim=True)
+    alone = torch.cat([next(search.distances(query[None]))[1] for query in queries]).double()
+    alone -= alone.mean(dim=1, keepdim=True)  # the unit and the query's norm are left out
+    scale = (exact * alone).sum() / alone.square().sum()
+    torch.testing.assert_close(alone * scale, exact, atol=1e-4, rtol=1e-4)

@@ -13,6 +13,7 @@ from tripletlib._validation import check_count, check_labels, check_points
 from tripletlib.distances import roots_of_squares
 
 _CHUNK_BYTES = 2**27  # of a distance matrix held at once
+_PIECE = 2**11  # of the gallery, in rows
 _DIFFERENCES = 2**21  # of coordinates, held at once
 _SPARE = 22  # candidates beside the k, so that most queries need no second look
 _MOST = 8  # of the gallery that fraction; with more candidates, all of it is compared
@@ -121,10 +122,22 @@ class Search:
             rows = slice(start, min(start + rows_at_once, len(points)))
             block = memory[: rows.stop - start]
             with no_autocast(block.device):
-                torch.addmm(self._squared_norms, points[rows], self._items.T, alpha=-2, out=block)
+                self._multiply(points[rows], block)
             if within:
                 block.diagonal(start).fill_(torch.inf)
             yield rows, block, errors[rows]
+
+    def _multiply(self, points: Tensor, block: Tensor) -> None:
+        """Write the items' squared norms less twice their inner products with each point."""
+        norms, items = self._squared_norms, self._items
+        # BLAS leaves a matrix times one vector to one thread, unless it comes in pieces.
+        whole = len(items) // _PIECE * _PIECE if len(points) == 1 else 0
+        if whole:
+            pieces = items[:whole].unflatten(0, (-1, _PIECE))
+            vectors = points.T.expand(len(pieces), -1, 1)
+            out = block[0, :whole].view(-1, _PIECE, 1)
+            torch.baddbmm(norms[:whole].view(-1, _PIECE, 1), pieces, vectors, alpha=-2, out=out)
+        torch.addmm(norms[whole:], points, items[whole:].T, alpha=-2, out=block[:, whole:])
 
     def check(self, queries: Tensor) -> None:
         """Refuse queries that have not the columns of the gallery."""
