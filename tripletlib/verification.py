@@ -430,7 +430,7 @@ def _ranks(count: int) -> np.ndarray:
 
 
 def _as_double(value: float, name: str) -> np.float64:
-    """Widen a number, or a tensor of one, so that comparing it does not round it."""
+    """Return a number, or a tensor of one, as float64, or an error that names it."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
