@@ -10,7 +10,7 @@ import torch
 from torchvision import datasets
 
 import tripletlib.data._shipped
-from tripletlib import load_fashion_mnist, load_mnist
+from tripletlib import load_emoji, load_fashion_mnist, load_mnist
 
 PACKAGE = Path(tripletlib.data.__file__).parent
 
@@ -26,7 +26,7 @@ def empty_cache(tmp_path, monkeypatch):
 def copied_package(tmp_path, monkeypatch, empty_cache):
     """A copy of the shipped files that a test may damage."""
     copy = tmp_path / "package"
-    for name in ("MNIST", "FashionMNIST"):
+    for name in ("MNIST", "FashionMNIST", "Emoji"):
         shutil.copytree(PACKAGE / name, copy / name)
     monkeypatch.setattr(tripletlib.data._shipped, "_PACKAGE", copy)
     return copy
@@ -73,7 +73,7 @@ def test_fashion_training_split_is_not_shipped():
         load_fashion_mnist("train")
 
 
-@pytest.mark.parametrize("load", [load_mnist, load_fashion_mnist])
+@pytest.mark.parametrize("load", [load_mnist, load_fashion_mnist, load_emoji])
 def test_unknown_split_lists_the_valid_ones(load):
     with pytest.raises(ValueError, match=r"split must be one of .*'t.*'t.*got 'valid'"):
         load("valid")
@@ -188,9 +188,12 @@ def test_wheel_holds_the_data(tmp_path):
     (wheel,) = tmp_path.glob("tripletlib-*.whl")
     target = tmp_path / "unpacked"
     shutil.unpack_archive(wheel, target, "zip")
-    packed = {path.name for path in (target / "tripletlib" / "data").rglob("*.gz")}
-    assert packed == {path.name for path in PACKAGE.rglob("*.gz")}
-    assert len(packed) == 4
+    packed, shipped = (
+        {path.name for path in folder.rglob("*") if path.suffix in (".gz", ".webp")}
+        for folder in (target / "tripletlib" / "data", PACKAGE)
+    )
+    assert packed == shipped
+    assert len(packed) == 13
 
 
 def test_loading_warns_of_nothing(empty_cache):

@@ -19,8 +19,9 @@ def test_figures_show_what_is_on_any_device(device):
     with FakeDevice():
         placed = images.to(device), points.to(device), labels.to(device)
         shown = show_images(placed[0])
-        for ax, image in zip(shown.axes, images[:, 0], strict=False):
-            np.testing.assert_array_equal(ax.images[0].get_array(), image)
+        scaled = (images - images.min()) / (images.max() - images.min())
+        for ax, image in zip(shown.axes, scaled[:, 0], strict=False):
+            np.testing.assert_allclose(ax.images[0].get_array(), image, rtol=1e-6)
         for of in (placed[2], labels):
             axes = scatter_classes(placed[1], of, ax=plt.figure().gca())
             offsets = np.concatenate([c.get_offsets() for c in axes.collections])
@@ -33,6 +34,18 @@ def test_figures_show_what_is_on_any_device(device):
             found = placed[0].view(2, 3, 1, 4, 4), of.view(2, 3)
             figure = show_neighbours(placed[0][:2], of[:2], *found)
             assert len(figure.axes) == 8
+
+
+def test_colour_is_drawn_as_colour_each_channel_on_one_scale_for_all_images():
+    raw = torch.rand(6, 3, 4, 4)
+    raw[0, :, 0, 0], raw[5, :, 3, 3] = 0, 1
+    shift, stretch = torch.tensor([3.0, -1, 0]), torch.tensor([2.0, 5, 0.1])
+    shown = show_images(raw * stretch[:, None, None] + shift[:, None, None])
+    for ax, image in zip(shown.axes, raw, strict=False):
+        np.testing.assert_allclose(ax.images[0].get_array(), image.movedim(0, 2), atol=1e-5)
+    show_images(torch.full((1, 3, 4, 4), 2.0))  # nothing to scale
+    found = raw.view(2, 3, 3, 4, 4)
+    assert len(show_neighbours(raw[:2], LABELS[:2], found, LABELS.view(2, 3)).axes) == 8
 
 
 def test_what_needs_a_gradient_or_is_in_half_precision_is_drawn():
@@ -75,6 +88,10 @@ NEIGHBOURS = (IMAGES[:2], LABELS[:2], IMAGES.view(2, 3, 1, 4, 4), LABELS.view(2,
         (lambda: plot_distances(POINTS[:1], LABELS[:1]), "embeddings must .* two rows, got 1"),
         (lambda: show_images(None), "images must be a tensor of shape .* got NoneType"),
         (lambda: show_images(IMAGES[:0]), r"images must be .* got \(0, 1, 4, 4\)"),
+        (
+            lambda: show_images(torch.rand(1, 2, 4, 4)),
+            r"\(n, 1 or 3, height, width\), got \(1, 2, 4",
+        ),
         (lambda: show_images(IMAGES, columns=0), "columns must be a whole number"),
     ],
 )

@@ -404,3 +404,58 @@ def test_numpy_integers_are_counts(kind, integer):
     options = [{}, {}] if kind == "exact" else [{"effort": 20}, {"effort": integer(20)}]
     right = index.search(queries, 3, **options[0])
     assert all(map(torch.equal, index.search(queries, integer(3), **options[1]), right))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_added_is_found_as_if_it_had_been_there(kind, tmp_path):
+    gallery, queries = points(3000), points(100, seed=1)
+    index = SearchIndex(gallery[:1000], kind)
+    index.add(gallery[1000:1700])
+    index.save(tmp_path / "kept.index")
+    index = SearchIndex.load(tmp_path / "kept.index")
+    index.add(gallery[1700:])
+    index.add(gallery[:0])
+    assert len(index) == 3000
+    options = {} if kind == "exact" else {"effort": 3000}  # all cells, all candidates
+    assert recall(index, queries, gallery, **options) > 0.999
+    distances, found = index.search(queries, 5, **options)
+    own = (queries[:, None] - gallery[found]).norm(dim=2)
+    torch.testing.assert_close(distances, own, atol=2e-3, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.lists(st.integers(1, 12), min_size=2, max_size=4), st.data())
+def test_equal_embeddings_added_in_parts_are_all_found(kind, sizes, data):
+    few = torch.eye(4)
+    rows = [data.draw(st.integers(0, 3)) for _ in range(sum(sizes))]
+    first, *others = few[rows].split(sizes)
+    index = SearchIndex(first, kind)
+    for part in others:
+        index.add(part)
+    assert len(index) == len(rows)
+    distances, found = index.search(few, len(rows))
+    assert torch.equal(found.sort(dim=1).values, torch.arange(len(rows)).expand(4, -1))
+    right = torch.cdist(few, few[rows]).sort(dim=1).values
+    torch.testing.assert_close(distances, right, atol=1e-3, rtol=0)
+    own = torch.cdist(few, few[rows]).gather(1, found)
+    torch.testing.assert_close(distances, own, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (torch.rand(3, 15), "embeddings must have the 16 columns of the index, got 15"),
+        (torch.full((3, 16), torch.nan), "embeddings must be finite"),
+        (torch.ones(3, 16, dtype=torch.int64), "embeddings must be floating point"),
+        (1e30 * torch.rand(3, 16), "embeddings must have a largest coordinate"),
+        (torch.rand(16), r"embeddings must have shape \(n, d\)"),
+    ],
+)
+def test_what_cannot_be_added_leaves_the_index_as_it_was(kind, added, message):
+    index, queries = SearchIndex(points(300), kind), points(20, seed=1)
+    before = index.search(queries, 5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        index.add(added)
+    assert len(index) == 300
+    assert all(torch.equal(a, b) for a, b in zip(index.search(queries, 5), before, strict=True))

@@ -4,7 +4,13 @@ The chapters in ``notebooks/`` derive what this package holds; import it to use 
 """
 
 from tripletlib.augmentation import jitter
-from tripletlib.data import load_fashion_mnist, load_image, load_mnist, load_olivetti
+from tripletlib.data import (
+    load_emoji,
+    load_fashion_mnist,
+    load_image,
+    load_mnist,
+    load_olivetti,
+)
 from tripletlib.distances import pairwise_distances
 from tripletlib.estimator import TripletEmbedder
 from tripletlib.losses import (
@@ -50,6 +56,7 @@ __all__ = [
     "fit",
     "jitter",
     "knn_accuracy",
+    "load_emoji",
     "load_fashion_mnist",
     "load_image",
     "load_mnist",

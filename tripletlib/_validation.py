@@ -79,8 +79,9 @@ def check_count(value: int, name: str, *, low: int = 1) -> None:
 
 
 def warn(message: str) -> None:
-    """Warn, with the line outside this package that led here."""
+    """Warn, with the line outside this package (and a context manager's frame) that led here."""
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "tripletlib":
+    inside = ("tripletlib", "contextlib")
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

@@ -53,12 +53,13 @@ def show_images(
     colors: Sequence | None = None,
     size: float = 0.9,
 ) -> Figure:
-    """Draw grey images in a grid.
+    """Draw images in a grid.
 
     Parameters
     ----------
-    images : Tensor, shape (n, 1, height, width)
-        Drawn dark on light, all on one scale.
+    images : Tensor, shape (n, channels, height, width)
+        Grey ones, of one channel, are drawn dark on light. Of three channels, red, green and blue,
+        each is drawn from its lowest value to its highest. All images are on one scale.
     titles : sequence of str, optional
         A word above each.
     columns : int, default 10
@@ -73,23 +74,24 @@ def show_images(
     Figure
     """
     good = isinstance(images, Tensor) and images.dim() == 4
-    if not good or images.shape[1] != 1 or len(images) == 0:
+    if not good or images.shape[1] not in (1, 3) or len(images) == 0:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images must be a tensor of shape (n, 1, height, width), got {got}")
+        raise ValueError(f"images must be a tensor of shape (n, 1 or 3, height, width), got {got}")
     check_count(columns, "columns")
-    images, columns = images.detach().cpu().float().numpy(), int(columns)
+    pixels, columns = images.detach().cpu().float().movedim(1, -1), int(columns)
+    low, high = pixels.amin(dim=(0, 1, 2)), pixels.amax(dim=(0, 1, 2))
+    pixels = (pixels - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
     rows = -(-len(images) // columns)
     height = size * (1.28 if titles is not None else 1.08)
     figure, axes = plt.subplots(
         rows, columns, figsize=(size * columns, height * rows), squeeze=False
     )
-    low, high = images.min().item(), images.max().item()
     for place, ax in enumerate(axes.flat):
         ax.set(xticks=[], yticks=[])
         if place >= len(images):
             ax.axis("off")
             continue
-        ax.imshow(images[place, 0], cmap="gray_r", vmin=low, vmax=high)
+        ax.imshow(pixels[place].squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
         color = colors[place] if colors is not None else None
         ax.spines[:].set(visible=color is not None, color=color, linewidth=2.5)
         if titles is not None:
@@ -232,11 +234,11 @@ def show_neighbours(
 
     Parameters
     ----------
-    queries : Tensor, shape (n, 1, height, width)
-        One a row.
+    queries : Tensor, shape (n, channels, height, width)
+        One a row, of one channel or three.
     query_labels : Tensor of integers, shape (n,)
         Their classes.
-    found : Tensor, shape (n, k, 1, height, width)
+    found : Tensor, shape (n, k, channels, height, width)
         What was found for each, nearest first.
     found_labels : Tensor of integers, shape (n, k)
         Their classes.

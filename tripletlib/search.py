@@ -67,6 +67,9 @@ class SearchIndex:
     >>> distances, indices = index.search(torch.zeros(1, 2), k=3)
     >>> distances, indices
     (tensor([[0., 2., 5.]]), tensor([[0, 2, 1]]))
+    >>> index.add(torch.tensor([[0.0, 1.0]]))
+    >>> index.search(torch.zeros(1, 2), k=2)
+    (tensor([[0., 1.]]), tensor([[0, 3]]))
 
     References
     ----------
@@ -98,6 +101,39 @@ class SearchIndex:
     def __repr__(self) -> str:
         return f"SearchIndex of {len(self)} embeddings of {self.index.d} numbers, {self.kind}"
 
+    def add(self, embeddings: Tensor) -> None:
+        """Add embeddings, whose rows are counted on from those that are there.
+
+        Parameters
+        ----------
+        embeddings : Tensor, floating point, shape (m, d)
+            None at all is allowed. The cells of "ivf" stay where the first embeddings put them:
+            make a new index when it has grown manifold, or when what is added lies elsewhere.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As when the index was made, or if the columns are not those of the index, which is then
+            as it was before.
+        """
+        points = _as_array(embeddings, "embeddings", _LEAST)
+        self._check_columns(points, "embeddings")
+        if self.kind == "hnsw":
+            held = self.index.reconstruct_n(0, self.index.ntotal)
+            kept, group = _distinct(np.concatenate([held, points]))
+            if group is not None or self._group is not None:
+                group = np.arange(len(kept)) if group is None else group
+                before = group[: len(held)] if self._group is None else self._group
+                self._group = np.concatenate([before, group[len(held) :]])
+            points = kept[len(held) :]
+        self.index.add(points)
+
+    def _check_columns(self, points: np.ndarray, name: str) -> None:
+        if points.shape[1] != self.index.d:
+            raise ValueError(
+                f"{name} must have the {self.index.d} columns of the index, got {points.shape[1]}"
+            )
+
     def search(
         self, queries: Tensor, k: int = 10, *, effort: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -119,7 +155,7 @@ class SearchIndex:
         distances : Tensor, float32, shape (m, k)
             Euclidean, not squared, smallest first.
         indices : Tensor, int64, shape (m, k)
-            Rows of the embeddings that the index was made of. Never -1: a query for which an
+            Rows of the embeddings, in the order in which they came. Never -1: a query for which an
             approximate search meets fewer than k is searched exactly. Both are on the CPU.
 
         Raises
@@ -129,10 +165,7 @@ class SearchIndex:
             leave float32's range, k or effort is out of range, or an exact index is given effort.
         """
         points = _as_array(queries, "queries")
-        if points.shape[1] != self.index.d:
-            raise ValueError(
-                f"queries must have the {self.index.d} columns of the index, got {points.shape[1]}"
-            )
+        self._check_columns(points, "queries")
         check_count(k, "k")
         if k > len(self):
             raise ValueError(f"k must be at most the {len(self)} embeddings, got {k}")
