@@ -15,16 +15,16 @@
 # ---
 
 # %% [markdown]
-# # 8 · Image retrieval: searching among products never seen
+# # 8 · Image retrieval: the same emoji by another hand
 #
-# Ten digits can be classified without any metric learning. Its point is to work for classes that were *not there* in training.
-# This chapter trains on five kinds of product, searches among five others, and asks honestly what the training was worth. Then
-# it builds an index that searches a million.
+# Ten digits can be classified without any metric learning. Its point is classes that were *not there* in training, and for that it needs many classes to
+# learn from. Here eight designers have drawn one list of emoji. A network learns from 827 of them what stays the same when another hand draws a
+# thing, and is asked about 350 that it has never seen. Then an index searches a million.
 #
-# - **You will learn** to measure retrieval on unseen classes, against rivals that cost less; to search exactly and
-#   approximately with FAISS; to save an index; and to ask with an image file of your own.
+# - **You will learn** to measure retrieval on unseen classes, against rivals that cost less; what makes drawings differ and how to say so by
+#   augmentation; how many classes it takes; and to search exactly and approximately with FAISS, add to an index, shrink it and keep it.
 # - **You need** chapters [4](04_training.ipynb) and [5](05_visualization.ipynb), and `pip install faiss-cpu`; no GPU.
-# - **Running time** about 4 minutes on two slow cores.
+# - **Running time** about 5 minutes on two cores.
 # - Previous: [7 · The paper](07_the_paper.ipynb) · Next: [9 · Verification](09_verification.ipynb)
 
 # %%
@@ -33,31 +33,36 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import MultipleLocator, PercentFormatter
-from PIL import Image, ImageDraw
+from matplotlib.ticker import PercentFormatter
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import nn
 
 from tripletlib import (
+    BalancedBatchSampler,
+    ContrastiveLoss,
     EmbeddingNet,
+    ResidualNet,
     Score,
     SearchIndex,
+    TripletLoss,
     embed,
+    jitter,
+    jitter_colours,
+    load_emoji,
     load_fashion_mnist,
-    load_image,
-    load_mnist,
     load_or_fit,
     mean_average_precision_at_r,
     pairwise_distances,
     r_precision,
     recall_at_k,
 )
-from tripletlib.data import FASHION_NAMES
+from tripletlib.data import EMOJI_DESIGNERS
 from tripletlib.plotting import (
     DIFFERENT,
     PALETTE,
@@ -70,42 +75,64 @@ from tripletlib.plotting import (
 use_theme()
 
 # %% [markdown]
-# ## A shop
+# ## Eight designers, one list
 #
-# Fashion-MNIST are photos of products from a shop, made grey, small and negative: 28 × 28 pixels, bright on black. The book ships the
-# 10 000 images of its test split, 1 000 of each of ten kinds. For all 70 000, name a folder in `ROOT`; torchvision downloads
-# the rest into it, and everything below takes longer.
+# The Unicode consortium says which emoji there are, not what they look like. Each studio draws its own. Here are eight sets, five to eight drawings of each of 1 177
+# emoji, in 32 × 32 pixels on white. One emoji is one *class*.
 
 # %%
-ROOT = None
-images, labels = load_fashion_mnist("test", root=ROOT)
-if ROOT is not None:
-    more = load_fashion_mnist("train", root=ROOT)
-    images, labels = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
-print(tuple(images.shape), labels.bincount().tolist())
+train, test = load_emoji("train"), load_emoji("test")
+for split, part in {"train": train, "test": test}.items():
+    print(f"{split:5} {len(part.images):5,} drawings of {len(part.labels.unique())} emoji")
+
 
 # %%
-examples = torch.stack([torch.nonzero(labels == kind)[:3, 0] for kind in range(10)], dim=1)
-figure = show_images(images[examples.flatten()], [*FASHION_NAMES] + [""] * 20, columns=10)
+def drawings(split, *names):
+    """All drawings of the emoji of these names."""
+    return torch.cat([torch.nonzero(split.labels == split.names.index(name)) for name in names])[
+        :, 0
+    ]
+
+
+EXAMPLES = ("alarm clock", "ice cream", "bear", "old key", "snowboarder")
+heads = [name.replace("-emoji-", "\n") for name in EMOJI_DESIGNERS] + [""] * 32
+figure = show_images(train.images[drawings(train, *EXAMPLES)], heads, columns=8, size=1.05)
+for ax, name in zip(figure.axes[::8], EXAMPLES, strict=True):
+    ax.set_ylabel(name)
 
 # %% [markdown]
-# A shop gets new products every week. A classifier of ten kinds has no answer for an eleventh; it must be built anew. A *search* needs no kinds:
-# show a picture, get the pictures that are most like it. All it takes is a distance that puts like beside like, also for
-# kinds that nobody trained it on.
+# A studio that draws a set of its own asks for each drawing: *which pictures in the other seven sets are this one?* A classifier has an answer only for
+# the emoji it was trained on, and the consortium adds some every year. A *search* needs no list: show a drawing, the **query**, and get from a collection, the
+# **gallery**, whatever lies nearest. All it takes is a distance that puts like beside like, also for classes that nobody trained it on.
 #
-# ## Search by hand
+# ## No class on both sides
 #
-# Take twelve images of three kinds, and let each search among the eleven others. Distances between raw pixels will do for now.
+# So the 350 test emoji must be truly new. It is not enough that their *names* are: the clock at one is nearly the clock at two, the man who juggles nearly the woman
+# who does. `load_emoji` puts such near twins into one **family** and never divides a family. Of the families in alphabetical order, the fourth, fifth and
+# sixth of every ten are for testing.
 
 # %%
-few = torch.cat([torch.nonzero(labels == kind)[4:8, 0] for kind in (7, 8, 9)])
-points, kinds = images[few].flatten(1), labels[few]
+sizes = pd.Series(train.families).value_counts()
+print(f"{len(sizes)} families of 1 to {sizes.max()} emoji; the largest:")
+print(sizes.head(6).to_string())
+families = [{part.families[label] for label in part.labels} for part in (train, test)]
+assert families[0].isdisjoint(families[1])
+
+# %% [markdown]
+# ## Search by hand
+#
+# Take four drawings of each of three emoji, and let each search among the eleven others. Distances between raw pixels will do for now.
+
+# %%
+few = drawings(test, "mushroom", "anchor", "snail").view(3, -1)[:, [0, 2, 4, 6]].flatten()
+points, kinds = test.images[few].flatten(1), test.labels[few]
 distances = torch.cdist(points, points).fill_diagonal_(torch.inf)
 order = distances.argsort(dim=1)[:, :-1]
 hits = kinds[order] == kinds[:, None]
 figure = show_neighbours(
-    images[few[::4]], kinds[::4], images[few[order[::4]]], kinds[order[::4]], names=FASHION_NAMES
-)
+    test.images[few[::4]], kinds[::4], test.images[few[order[::4]]], kinds[order[::4]],
+    names=test.names,
+)  # fmt: skip
 
 # %% [markdown]
 # Each row is a query in a black frame, then the others, nearest first: hits framed in blue, misses in orange. Three numbers sum up such rows.
@@ -115,357 +142,508 @@ figure = show_neighbours(
 # %%
 R = 3
 share_so_far = hits.cumsum(dim=1) / torch.arange(1, 12)
-by_hand = [
-    hits[:, :2].any(dim=1).float().mean(),
-    hits[:, :R].float().mean(),
-    (share_so_far * hits)[:, :R].sum(dim=1).mean() / R,
-]
+by_hand = {
+    "Recall@1": hits[:, :1].any(dim=1).float().mean(),
+    "R-precision": hits[:, :R].float().mean(),
+    "MAP@R": (share_so_far * hits)[:, :R].sum(dim=1).mean() / R,
+}
 by_library = [
-    recall_at_k(points, kinds, k=2),
+    recall_at_k(points, kinds, k=1),
     r_precision(points, kinds),
     mean_average_precision_at_r(points, kinds),
 ]
-torch.testing.assert_close(torch.tensor(by_hand), torch.tensor(by_library))
+for (name, value), again in zip(by_hand.items(), by_library, strict=True):
+    print(f"{name:12} {value:.3f} by hand, {again:.3f} by the library")
+    assert abs(value - again) < 1e-6
 
 # %% [markdown]
-# Recall@k is kind: one hit is enough, so with many hits to find it is soon near one. R-precision and MAP@R want all of them, and
-# before anything else. A shop's customer, who looks at a page of results, sees something in between.
+# Recall@k is kind: one hit is enough. R-precision and MAP@R want all of them, before anything else. A studio that looks for *the* counterpart in another set reads
+# Recall@1; one that wants all seven reads MAP@R.
 #
-# ## Five kinds to learn from, five to search
+# ## What costs nothing
 #
-# Which five? On a lucky choice anything looks good. So take several, fixed before looking at any result: the first
-# five kinds, the other way round, and a random half, the other way round too.
-
-# %%
-every = torch.arange(10)
-shuffled = torch.randperm(10, generator=torch.Generator().manual_seed(0))
-halves = [every[:5], shuffled[:5].sort().values]
-splits = [part for half in halves for part in (half, every[~torch.isin(every, half)])]
-for place, seen in enumerate(splits):
-    print(f"split {place}: learn from", ", ".join(FASHION_NAMES[kind] for kind in seen))
-
-# %% [markdown]
-# The 5 000 images of the five seen kinds train the network, with the loss of chapter 2 and `fit` as in chapter 4. Its images of the
-# other five are the catalogue, and each of them queries all the others.
+# A number alone says little: what would cost less? **Pixels**, counted from white so that empty paper is zero. **PCA** (*principal component analysis*): the 64 directions in which the *training* drawings vary
+# most. And the network that we are about to train, **untrained**, with random weights. All are scaled to length one, because then a pale drawing and a bold one of the same shape lie
+# close; without that, pixels and PCA do worse.
 
 
 # %%
-def train(seen, **options):
-    mask = torch.isin(labels, seen)
-    settings = {"seed": 0, "epochs": EPOCHS, "batch_size": BATCH, "progress": False}
-    network, _ = load_or_fit(EmbeddingNet, images[mask], labels[mask], **settings, **options)
-    return network
+def from_white(images):
+    """Pixels counted from white, in one row an image."""
+    return (images.amax() - images).flatten(1)
 
 
-EPOCHS, BATCH = 2, 128
-by_triplets = [train(seen) for seen in splits]
+torch.manual_seed(0)
+untrained = ResidualNet()
+pca = PCA(64, random_state=0).fit(train.images.flatten(1).numpy())
+components = torch.from_numpy(pca.transform(test.images.flatten(1).numpy()))
+spaces = {
+    "pixels": F.normalize(from_white(test.images)),
+    "PCA": F.normalize(components),
+    "untrained": embed(untrained, test.images),
+}
+without = {"pixels": from_white(test.images), "PCA": components}
+for name, points in without.items():
+    ratio = [float(mean_average_precision_at_r(x, test.labels)) for x in (points, spaces[name])]
+    print(f"{name:6} MAP@R {ratio[0]:.1%} as it is, {ratio[1]:.1%} at length one")
+    assert ratio[0] < ratio[1]
 
 # %% [markdown]
-# Two epochs were chosen among the *seen* kinds of split 0, by training on three of them and searching among the other two; one epoch and four were both worse. For
-# split 0 the searched kinds had no say in it: a choice made on them would be one more way of training on them.
+# An emoji has at most eight drawings, so the seven nearest others tell all three numbers, and one search serves every question that follows.
+
+
+# %%
+def hits_of(points, labels=test.labels):
+    """Which of the seven nearest others of each are of its class, nearest first."""
+    distances = pairwise_distances(points, points).fill_diagonal_(torch.inf)
+    return labels[distances.topk(7, largest=False).indices] == labels[:, None]
+
+
+def measure(hits, labels=test.labels):
+    """Recall@1, R-precision and average precision at R of each query."""
+    rank, R = torch.arange(1, 8), labels.bincount()[labels, None] - 1
+    found = hits * (rank <= R)
+    precision = found * found.cumsum(dim=1) / rank
+    return pd.DataFrame(
+        {
+            "Recall@1": hits[:, 0].float(),
+            "R-precision": (found.sum(dim=1) / R[:, 0]),
+            "MAP@R": (precision.sum(dim=1) / R[:, 0]),
+        }
+    )
+
+
+scores = {name: measure(hits_of(points)) for name, points in spaces.items()}
+(100 * pd.DataFrame({name: table.mean() for name, table in scores.items()}).T).round(1)
+
+# %%
+again = mean_average_precision_at_r(spaces["PCA"], test.labels)
+print(f"MAP@R of PCA by the library: {again:.4f}")
+assert abs(again - scores["PCA"]["MAP@R"].mean()) < 1e-4
 
 # %% [markdown]
-# ## Four rivals
+# With 350 emoji to choose from, one answer in a thousand would be right by chance. Pixels find a counterpart first in a third of the cases, because the same thing is often drawn in the
+# same place. PCA is the best of the three, and the one to beat. The untrained network is no worse than pixels: convolutions with random weights keep shapes and colours.
 #
-# A number alone says little; what would cost less? **Pixels**, as above. **PCA**: the 64 directions in which the seen images vary most.
-# The **untrained** network with random weights. And a network trained to **classify** the five seen kinds: the same network, images, steps and
-# optimiser, but cross-entropy through a linear layer, which is thrown away afterwards. `fit` trains a loss's own weights too, so the layer can
-# live in the loss.
+# ## Which differences do not matter?
+#
+# A network learns from pairs which differences to ignore. Eight drawings show some: other reds, thinner lines, a head turned a little. It can be shown more of them: change each training image at random, in every way
+# in which a designer might. `jitter` turns, moves and stretches, as in chapter 1. `jitter_colours` exchanges red, green and blue in half of the images, takes the colour from some, and makes
+# each bolder or fainter; white stays white.
+
+
+# %%
+def redraw(images):
+    return jitter_colours(jitter(images))
+
+
+torch.manual_seed(1)
+some = drawings(train, "bear", "ice cream", "old key")[[7, 15, 22]]
+changed = torch.cat([redraw(train.images[[int(i)] * 8]) for i in some])
+changed[::8] = train.images[some]
+figure = show_images(changed, (["as drawn"] + ["changed"] * 7 + [""] * 16), columns=8)
+
+# %% [markdown]
+# In the first column are drawings of the training set, beside them seven changed versions of each. They are still the bear, the sundae and the key. What must *not* be changed is what tells
+# classes apart: mirrored, a left arrow is a right one. (This *augmentation* was chosen on emoji held back from the training set, like all settings that follow.)
+#
+# ## Training on many classes
+#
+# With 827 classes a batch drawn at random would hold few pairs of one class. `BalancedBatchSampler` draws P classes and K images of each: 64 × 6 here, so that every anchor has five
+# positives and 378 negatives. The loss is that of chapter 2, over all triplets.
+#
+# The network is `ResidualNet`: XXX
+
+# %%
+seen = train.labels.unique(return_inverse=True)[1]  # 0 to 826
+recipe = {
+    "epochs": 8,
+    "batch_sampler": BalancedBatchSampler(seen, classes_per_batch=64, images_per_class=6),
+    "augment": redraw,
+    "seed": 0,
+    "progress": False,
+}
+
+
+def train_with(loss):
+    return load_or_fit(ResidualNet, train.images, seen, loss=loss, **recipe)
+
+
+network, history = train_with(TripletLoss(margin=0.2))
+spaces["triplets"] = embed(network, test.images)
+print(history)
+
+# %% [markdown]
+# ## What else would do?
+#
+# Two more rivals, trained with the same network, images, batches and steps. The **contrastive loss** of chapter 6, with a margin of its own. And a network that learns to **classify** the 827: cross-entropy of a
+# linear layer on the embedding. `fit` trains a loss's own weights too, so the layer can live in the loss. Afterwards either its 827 outputs are the embedding, or, *the layer before the last*, what it was put
+# on.
 
 
 # %%
 class Classify(nn.Module):
-    def __init__(self):
+    def __init__(self, classes, dimensions):
         super().__init__()
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(dimensions, classes)
 
     def forward(self, embeddings, labels):
         return F.cross_entropy(16 * self.head(embeddings), labels)
 
 
-def train_to_classify(seen):
-    torch.manual_seed(0)
-    return train(seen, loss=Classify())
-
-
-by_classes = [train_to_classify(seen) for seen in splits]
-
-# %% [markdown]
-# Embeddings have length one; the factor 16 lets the softmax become sure of itself all the same. Five of the ten outputs are never right and soon
-# silent. Now collect what each of the five makes of the *unseen* images of a split.
-
-# %%
 torch.manual_seed(0)
-untrained = EmbeddingNet()
-
-
-def represent(place):
-    unseen = ~torch.isin(labels, splits[place])
-    known, asked = images[~unseen].flatten(1), images[unseen]
-    pca = PCA(64, random_state=0).fit(known.numpy())
-    return {
-        "pixels": asked.flatten(1),
-        "PCA": torch.from_numpy(pca.transform(asked.flatten(1).numpy())),
-        "untrained": embed(untrained, asked),
-        "classifier": embed(by_classes[place], asked),
-        "triplets": embed(by_triplets[place], asked),
-    }
-
+classify = Classify(len(seen.unique()), spaces["triplets"].shape[1])
+by_pairs, _ = train_with(ContrastiveLoss(margin=0.5))
+by_classes, _ = train_with(classify)
+spaces["contrastive"] = embed(by_pairs, test.images)
+spaces["classifier, layer before"] = embed(by_classes, test.images)
+with torch.no_grad():
+    spaces["classifier, outputs"] = F.normalize(classify.head(spaces["classifier, layer before"]))
 
 # %% [markdown]
-# The nearest others of some of the points, a thousand queries at a time, so that the distances fit into memory:
-
+# (Embeddings have length one; the factor 16 lets the softmax become sure of itself all the same.)
 
 # %%
-def neighbours(points, asked, k):
-    found = []
-    for block in asked.split(1000):
-        distances = pairwise_distances(points[block], points)
-        distances[torch.arange(len(block)), block] = torch.inf
-        found.append(distances.topk(k, largest=False).indices)
-    return torch.cat(found)
+scores |= {name: measure(hits_of(points)) for name, points in spaces.items()}
+table = pd.DataFrame({name: 100 * of.mean() for name, of in scores.items()}).T
 
+# %% tags=["nbval-ignore-output"]
+table.round(1)
 
 # %% [markdown]
-# One search serves all four Recall@k: look at the eight nearest, then at the first k of them. The result is that of four calls of `recall_at_k`, and so is the
-# interval.
-
-
-# %%
-def score(points, kinds):
-    hits = kinds[neighbours(points, torch.arange(len(points)), 8)] == kinds[:, None]
-    found = {k: int(hits[:, :k].any(dim=1).sum()) for k in (1, 2, 4, 8)}
-    return {
-        **{f"Recall@{k}": Score.of_successes(count, len(kinds)) for k, count in found.items()},
-        "R-precision": r_precision(points, kinds),
-        "MAP@R": mean_average_precision_at_r(points, kinds),
-    }
-
-
-spaces = [represent(place) for place in range(len(splits))]
-unseen_kinds = [labels[~torch.isin(labels, seen)] for seen in splits]
-scores = {
-    (method, place): score(points, unseen_kinds[place])
-    for place, methods in enumerate(spaces)
-    for method, points in methods.items()
-}
-
-# %%
-again = recall_at_k(spaces[0]["triplets"], unseen_kinds[0], k=4)
-assert abs(again - scores["triplets", 0]["Recall@4"]) < 1e-3
-assert all(row["MAP@R"].queries == len(images) / 2 for row in scores.values())
-
-# %% [markdown]
-# ## The first verdict
+# XXX verdict text
 #
-# Means over the four splits, in per cent:
+# How sure is that? The drawings of an emoji are found or missed together: they are no 2 450 independent trials. So take the mean over each *class*, subtract for two methods on the same class
+# (*paired*), and draw the 350 classes anew, with replacement, a thousand times (a *bootstrap* over classes).
 
 
 # %%
-def mean_scores():
-    return pd.DataFrame.from_dict(scores, orient="index").groupby(level=0, sort=False).mean()
+def per_class(name, column="MAP@R"):
+    return scores[name][column].groupby(test.labels.numpy()).mean().to_numpy()
 
 
-def plot_scores(colors):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    for ax, name in zip(axes, ("Recall@1", "MAP@R"), strict=True):
-        for shift, (method, color) in enumerate(colors.items()):
-            row = [scores[method, place][name] for place in range(len(splits))]
-            ends = [[s - s.low for s in row], [s.high - s for s in row]]
-            places = torch.arange(len(row)) + 0.14 * (shift - 2)
-            ax.errorbar(places, row, yerr=ends, fmt="o", color=color, label=method, capsize=2)
-        ax.set(title=name, xlabel="split", xticks=range(len(splits)))
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.yaxis.set_major_locator(MultipleLocator(0.05))
-        ax.grid(False, axis="x")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+def plot_gains(reference="triplets"):
+    _, ax = plt.subplots(figsize=(8, 3.2))
+    others = [name for name in scores if name != reference]
+    for place, name in enumerate(others):
+        gain = Score.of_values(per_class(reference) - per_class(name))
+        color = SAME if gain.low > 0 else DIFFERENT if gain.high < 0 else "grey"
+        ax.plot([gain.low, gain.high], [place, place], color=color, linewidth=3)
+        ax.plot(gain, place, "o", color=color)
+        ax.annotate(
+            f"{100 * gain:+.1f}", (gain, place), (0, 6), textcoords="offset points", ha="center"
+        )
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_yticks(range(len(others)), [f"triplets − {name}" for name in others])
+    ax.set(
+        title="What triplets gain in MAP@R on the same 350 emoji",
+        xlabel="difference, 95 % over classes",
+    )
+    ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}")
+    ax.margins(y=0.15)
     plt.show()
 
 
-# %% tags=["nbval-ignore-output"]
-(100 * mean_scores()).round(1)
-
-# %%
-SHADES = (PALETTE[7], PALETTE[5], PALETTE[1], DIFFERENT, SAME)
-plot_scores(dict(zip(spaces[0], SHADES, strict=True)))
+plot_gains()
 
 # %% [markdown]
-# A disappointment, and worth saying plainly: on average neither trained network beats raw pixels, nor even random weights. For Recall@1 pixels are
-# strong: among a thousand of each kind there is nearly always one with ink in the same places. MAP@R, which wants *all* of a kind, shows where training helps: in
-# split 2, whose seen kinds have relatives among the unseen, triplets lead; in splits 0 and 1, clothes against shoes and bags, both trained
-# networks come last.
-
-# %%
-first = {
-    name: [scores[name, place]["MAP@R"] for place in (0, 2)] for name in ("pixels", "triplets")
-}
-assert mean_scores()["Recall@1"]["triplets"] < mean_scores()["Recall@1"]["pixels"] - 0.01
-assert first["triplets"][0] < first["pixels"][0]
-assert first["triplets"][1] > first["pixels"][1]
-
-# %% [markdown]
-# The bars are intervals of 95 % over queries: how far another 5 000 images of the *same* kinds might move a number. The splits differ from each other by
-# far more than that. So the interval of one split must not be read as saying how it would go with other kinds; only several splits
-# tell.
-
-# %%
-row = [scores["triplets", place]["MAP@R"] for place in range(len(splits))]
-assert max(row) - min(row) > 2 * max(score.high - score.low for score in row)
-
-# %% [markdown]
-# ## One layer earlier
+# ## One studio asks the others
 #
-# The last layer makes 64 numbers of 768, and it was trained to keep what tells the *seen* kinds apart. What tells other kinds apart may be
-# dropped there. The layers before it had less reason to forget. So cut the last layer off, as is often done when a network is put to a task that it
-# was not trained for, and scale the 768 numbers to length one. To be fair, every rival gets the same: the other networks one layer earlier, and
-# pixels, counted from black, scaled to length one.
+# So far every drawing searched among all others. The studio's question is narrower: my drawing, *their* set. Take the drawings of one designer as queries, those of another as the gallery, and count how often
+# the first answer is right, if they have that emoji at all.
 
 
 # %%
-def one_layer_earlier(network, images):
-    return F.normalize(embed(network.layers[:-1].eval(), images))
+def recall_between(points, asks, answers):
+    mine, theirs = test.designers == asks, test.designers == answers
+    mine &= torch.isin(test.labels, test.labels[theirs])
+    return recall_at_k(points[mine], test.labels[mine], points[theirs], test.labels[theirs])
 
 
-for place, seen in enumerate(splits):
-    asked = images[~torch.isin(labels, seen)]
-    spaces[place]["pixels, length one"] = F.normalize((asked - images.min()).flatten(1))
-    spaces[place]["untrained, earlier"] = one_layer_earlier(untrained, asked)
-    spaces[place]["classifier, earlier"] = one_layer_earlier(by_classes[place], asked)
-    spaces[place]["triplets, earlier"] = one_layer_earlier(by_triplets[place], asked)
+def recall_from(points, asks):
+    mine = test.designers == asks
+    return recall_at_k(points[mine], test.labels[mine], points[~mine], test.labels[~mine])
 
-# %%
-SECOND = ["pixels, length one", "untrained, earlier", "classifier, earlier", "triplets, earlier"]
-for place, methods in enumerate(spaces):
-    scores |= {(name, place): score(methods[name], unseen_kinds[place]) for name in SECOND}
-plot_scores(dict(zip(["pixels", *SECOND], SHADES, strict=True)))
 
-# %% tags=["nbval-ignore-output"]
-(100 * mean_scores().loc[["pixels", *SECOND]]).round(1)
-
-# %% [markdown]
-# One layer earlier the picture turns: MAP@R gains ten points over the last layer, and leads pixels at length one, the best rival without training, by about four on
-# average. But look at the splits. In 2 and 3 the gain is large, in 0 random weights do as well, in 1 so do pixels. Recall@1 is a draw on average. And training by
-# classes is as good as training by triplets, as others found on larger data (Zhai and Wu 2019).
+eight = range(len(EMOJI_DESIGNERS))
+between = np.array(
+    [[np.nan if a == b else recall_between(spaces["triplets"], a, b) for b in eight] for a in eight]
+)
+to_all = {name: [recall_from(spaces[name], asks) for asks in eight] for name in ("PCA", "triplets")}
 
 # %%
-means = mean_scores()
-assert means["MAP@R"]["triplets, earlier"] > means["MAP@R"]["triplets"] + 0.05
-assert means["MAP@R"]["triplets, earlier"] > means["MAP@R"]["pixels, length one"] + 0.01
-assert abs(means["MAP@R"]["triplets, earlier"] - means["MAP@R"]["classifier, earlier"]) < 0.03
-assert abs(means["Recall@1"]["triplets, earlier"] - means["Recall@1"]["pixels"]) < 0.03
-
-# %% [markdown]
-# Is it fair to cut the layer after looking at the searched kinds? The seen kinds of split 0 alone say the same. Trained on three of them and searched among the other two, in two
-# ways, `python tests/benchmarks/search.py` measured a MAP@R of 75 % one layer earlier, 68 % at the last layer, and 73 % for pixels of length one. So the choice could have been made, and
-# the narrow lead foreseen, without the searched kinds.
-
-# %% [markdown]
-# ## Which kinds are hard?
-#
-# Splits 0 and 1 together have every kind among the unseen once. For each query take the share of its own kind among its 999 nearest,
-# which is its R-precision, and average over each kind.
-
-
-# %%
-def precisions(points, kinds):
-    queries = torch.arange(len(points))[:5000]
-    others = int(kinds.bincount().max()) - 1
-    hits = kinds[neighbours(points, queries, others)] == kinds[queries, None]
-    return hits.float().mean(dim=1)
-
-
-by_query = {
-    (method, place): precisions(spaces[place][method], unseen_kinds[place])
-    for method in ("pixels", "triplets, earlier")
-    for place in (0, 1)
-}
-
-# %%
-rows = [
-    {"method": method, "kind": FASHION_NAMES[kind], "R-precision": float(value)}
-    for (method, place), values in by_query.items()
-    for kind, value in zip(unseen_kinds[place][: len(values)], values, strict=True)
-]
-figure, ax = plt.subplots(figsize=(9, 3.4))
-sns.barplot(
-    pd.DataFrame(rows), x="kind", y="R-precision", hue="method", order=FASHION_NAMES,
-    palette={"pixels": PALETTE[7], "triplets, earlier": SAME}, errorbar=None, ax=ax,
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=[1.35, 1])
+names = [name.removesuffix("-emoji-flat") for name in EMOJI_DESIGNERS]
+sns.heatmap(
+    between, annot=True, fmt=".0%", cmap="Blues", cbar=False, ax=left,
+    xticklabels=names, yticklabels=names,
 )  # fmt: skip
-ax.set(title="Each kind while it is unseen", xlabel="", ylabel="mean R-precision")
-ax.tick_params(axis="x", rotation=30)
-sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="")
+left.set(title="First answer right: who asks, who answers", xlabel="gallery", ylabel="queries")
+left.tick_params(axis="x", rotation=40)
+for name, color, side in (("PCA", PALETTE[7], "right"), ("triplets", SAME, "left")):
+    right.plot(to_all[name], eight, "o", color=color)
+    right.annotate(
+        name, (to_all[name][0], 0), (0, 8), textcoords="offset points", ha=side, color=color
+    )
+right.set(title="One asks the seven others", xlabel="Recall@1", ylim=(7.5, -0.8))
+right.set_yticks(eight, names)
+right.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# Trousers and boots are easy: little else looks like them. T-shirts, pullovers, dresses and coats are all hard, because here they are searched among each other. And
-# the learnt distance is not better for every kind: shirts, alone among shoes and bags, are found better by pixels.
-#
-# ## What a search returns
-#
-# Numbers hide what they count. Take one query of each unseen kind of split 0 and show its eight nearest, first by pixels, then by triplets. The query
-# itself is always the first found; it is left out.
+# XXX
 
 # %%
-unseen = torch.nonzero(~torch.isin(labels, splits[0]))[:, 0]
-products, kinds, points = images[unseen], unseen_kinds[0], spaces[0]["triplets, earlier"]
-asked = torch.stack([torch.nonzero(kinds == kind)[17, 0] for kind in kinds.unique()])
+gains = np.array(to_all["triplets"]) - np.array(to_all["PCA"])
+print(f"PCA {np.mean(to_all['PCA']):.1%}, triplets {np.mean(to_all['triplets']):.1%} on average")
+assert gains.min() > 0.1
+
+# %% [markdown]
+# ## Found, and not found
+#
+# Numbers hide what they count. First six drawings that PCA answers wrongly and triplets answer with nothing but hits, one of each group of emoji. The first row of each pair is PCA's answer, the second that of the triplets.
 
 
 # %%
-for method in ("pixels", "triplets, earlier"):
-    found = neighbours(spaces[0][method], asked, 8)
+def nearest_by(name, k=7):
+    distances = pairwise_distances(spaces[name], spaces[name]).fill_diagonal_(torch.inf)
+    return distances.topk(k, largest=False).indices
+
+
+nearest = {name: nearest_by(name) for name in ("PCA", "triplets")}
+
+
+def show_answers(queries, methods):
+    """A row a query and method: the query, then its seven nearest."""
+    rows = [(query, name) for query in queries for name in methods]
+    found = torch.stack([nearest[name][query] for query, name in rows])
+    asked = torch.tensor([query for query, _ in rows])
     figure = show_neighbours(
-        products[asked], kinds[asked], products[found], kinds[found], names=FASHION_NAMES
+        test.images[asked],
+        test.labels[asked],
+        test.images[found],
+        test.labels[found],
+        names=[""] * len(test.names),
     )
-    figure.suptitle(f"Nearest by {method}", fontweight="bold")
-    plt.show()
+    for ax, (query, name) in zip(figure.axes[::8], rows, strict=True):
+        ax.set_ylabel(
+            f"{test.names[test.labels[query]]}\n{name}", rotation=0, ha="right", va="center"
+        )
+
+
+at_r = {name: torch.from_numpy(scores[name]["MAP@R"].to_numpy()) for name in nearest}
+better = torch.nonzero((at_r["triplets"] == 1) & (at_r["PCA"] == 0))[:, 0]
+groups = [test.groups[test.labels[query]] for query in better]
+firsts = better[[groups.index(group) for group in sorted(set(groups))]][:5]
+print(
+    f"{len(better)} of {len(test.labels):,} drawings: PCA finds none, triplets find all, and first"
+)
+show_answers(firsts, ("PCA", "triplets"))
 
 # %% [markdown]
-# Both pages look like what a shop would show, and that is what a Recall@1 of nine in ten means. The two differ in what they call alike. Pixels return what covers the same
-# places: beside the sandal a boot of the same outline and grey. The network, which never saw a shoe in training, returns sandals of other shapes.
-#
-# Misses tell more. Here are the queries of split 0 that triplets serve worst, with the lowest R-precision of their kind.
+# XXX
 
 # %%
-served = by_query["triplets, earlier", 0]
-known = kinds[: len(served)]
-worst = torch.stack([torch.where(known == kind, served, 1).argmin() for kind in kinds.unique()])
-found = neighbours(points, worst, 8)
-figure = show_neighbours(
-    products[worst], kinds[worst], products[found], kinds[found], names=FASHION_NAMES
+worst = torch.nonzero(at_r["triplets"] == 0)[:, 0]
+print(
+    f"{len(worst)} of {len(test.labels):,} drawings: triplets find none; PCA {int((at_r['PCA'] == 0).sum()):,}"
 )
-assert (served[worst] < served.mean()).all()
+groups = [test.groups[test.labels[query]] for query in worst]
+show_answers(worst[[groups.index(group) for group in sorted(set(groups))]], ("triplets",))
 
 # %% [markdown]
-# No neighbour is of the right kind, and one understands why. The sandal is closed like a boot. The sneaker has the shaft of one. The top looks like a bag to a network that has seen neither; the bag in
-# the shape of an animal looks like nothing at all, and a pair of boots seen from above is a view that nothing else here has. Some labels could be disputed.
+# XXX
+
+# %%
+by_group = pd.DataFrame(
+    {
+        name: scores[name]["MAP@R"].groupby([test.groups[i] for i in test.labels]).mean()
+        for name in ("PCA", "triplets")
+    }
+).sort_values("triplets")
+figure, ax = plt.subplots(figsize=(8, 3.6))
+ax.hlines(by_group.index, by_group["PCA"], by_group["triplets"], color="lightgrey", zorder=0)
+for name, color in (("PCA", PALETTE[7]), ("triplets", SAME)):
+    ax.plot(by_group[name], by_group.index, "o", color=color)
+    top = by_group[name].iloc[-1], len(by_group) - 1
+    ax.annotate(name, top, (0, 8), textcoords="offset points", ha="center", color=color)
+ax.set(title="XXX", xlabel="MAP@R", ylim=(-0.5, len(by_group) - 0.3))
+ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+plt.show()
+
+# %% [markdown]
+# ## How many classes does it take?
+#
+# Is it the number of *images* that matters, or that of *classes*? Two experiments. In the first, networks learn from ever more classes, with all their drawings, and every network looks at the same
+# number of images: with few classes it looks at each of them more often. In the second, each learns from 1 600 different drawings, but of 230 classes (all drawings of each), of 400 (four of each) or of 800
+# (two of each). To afford so many trainings, images are halved to 16 × 16 pixels, which makes training four times as quick and everything a little harder.
+
+
+# %%
+small_train, small_test = (F.avg_pool2d(part.images, 2) for part in (train, test))
+
+
+def places_of(classes, each):
+    """Drawings of so many classes, so many of each, at random."""
+    draw = torch.Generator().manual_seed(0)
+    shuffled = torch.randperm(len(seen), generator=draw)
+    chosen = torch.randperm(int(seen.max()) + 1, generator=draw)[:classes]
+    rows = (shuffled[seen[shuffled] == label][:each] for label in chosen)
+    return torch.cat(list(rows))
+
+
+def learn_from(classes, each=8, looks=24_000):
+    """MAP@R on the test emoji of a network that looked so often at drawings of these classes."""
+    places = places_of(classes, each)
+    P = min(32, classes)
+    batches = BalancedBatchSampler(seen[places], P, 192 // P)
+    net, _ = load_or_fit(
+        ResidualNet,
+        small_train[places],
+        seen[places],
+        epochs=round(looks / 192 / len(batches)),
+        batch_sampler=batches,
+        augment=redraw,
+        progress=False,
+    )
+    return len(places), mean_average_precision_at_r(embed(net, small_test), test.labels)
+
+
+by_number = {classes: learn_from(classes) for classes in (5, 20, 80, 320, 827)}
+equal = {classes: learn_from(classes, each) for classes, each in ((230, 8), (400, 4), (800, 2))}
+torch.manual_seed(0)
+nothing = mean_average_precision_at_r(embed(ResidualNet(), small_test), test.labels)
+
+# %% tags=["nbval-ignore-output"]
+for name, results in (("all drawings of", by_number), ("1 600 drawings of", equal)):
+    for classes, (drawn, value) in results.items():
+        print(f"{name:17} {classes:3} classes: {drawn:5,} drawings, MAP@R {value:.1%}")
+
+# %%
+figure, ax = plt.subplots(figsize=(8, 4))
+for results, color, name in (
+    (by_number, SAME, "all drawings"),
+    (equal, PALETTE[1], "1 600 drawings"),
+):
+    values = [value for _, value in results.values()]
+    ax.plot(list(results), values, "o-", color=color)
+    at = 1 if name == "all drawings" else 0
+    ax.annotate(
+        name,
+        (list(results)[at], values[at]),
+        (-8, 8),
+        textcoords="offset points",
+        ha="right",
+        color=color,
+    )
+ax.axhline(nothing, color="grey", linestyle=":")
+ax.annotate("untrained", (5, nothing), (0, -14), textcoords="offset points", color="grey")
+ax.set(title="XXX", xscale="log", xlabel="training classes", ylabel="MAP@R on 350 new emoji")
+ax.set_xticks(list(by_number), list(by_number))
+ax.minorticks_off()
+ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+plt.show()
+
+# %% [markdown]
+# XXX
+
+# %%
+curve = [value for _, value in by_number.values()]
+assert curve == sorted(curve)
+assert curve[0] < nothing < curve[-1]
+
+# %% [markdown]
+# ## When it goes wrong: five classes
+#
+# This chapter once was about products. Fashion-MNIST has 10 000 photographs of ten kinds of product, a thousand each, ten times as many images as here. Train on five kinds, search among the
+# five others, as above; four such divisions, fixed beforehand: the first five kinds, the other way round, a random half, the other way round.
+
+# %%
+products, kinds = load_fashion_mnist("test")
+every = torch.arange(10)
+shuffled = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+halves = [every[:5], every[5:], shuffled[:5], shuffled[5:]]
+
+
+def search_products(known):
+    """MAP@R of four ways to search among the kinds that are not known."""
+    mask = torch.isin(kinds, known)
+    asked, labels = products[~mask], kinds[~mask]
+    net, _ = load_or_fit(EmbeddingNet, products[mask], kinds[mask], batch_size=128, progress=False)
+    pca = PCA(64, random_state=0).fit(products[mask].flatten(1).numpy())
+    torch.manual_seed(0)
+    ways = {
+        "pixels": asked.flatten(1),
+        "PCA": torch.from_numpy(pca.transform(asked.flatten(1).numpy())),
+        "untrained": embed(EmbeddingNet(), asked),
+        "triplets": embed(net, asked),
+    }
+    return {name: mean_average_precision_at_r(points, labels) for name, points in ways.items()}
+
+
+failure = pd.DataFrame(
+    [search_products(known) for known in halves],
+    index=["0 to 4", "5 to 9", "a random half", "the other half"],
+)
+
+# %% tags=["nbval-ignore-output"]
+failure.loc["mean"] = failure.mean()
+(100 * failure).round(1)
+
+# %% [markdown]
+# XXX
 
 # %% [markdown]
 # ## An index
 #
-# So far each search compared the query with everything. `SearchIndex` does the same with *FAISS*, a library made for it, and is a thin cover around one of its
-# indices: tensors in and out, checked arguments, Euclidean distances (FAISS itself returns their squares). First the exact kind. It must agree with
-# what we did by hand.
+# So far each search compared the query with everything, by hand. `SearchIndex` does the same with *FAISS*, a library made for it, and is a thin cover around one of its
+# indices: tensors in and out, checked arguments, Euclidean distances (FAISS itself returns their squares). First the exact kind. It must agree with what we did by hand.
 
 # %%
+points = spaces["triplets"]
 index = SearchIndex(points)
-distances, found = index.search(points[asked], k=9)
-assert (found[:, 0] == asked).all()
-assert (found[:, 1:] == neighbours(points, asked, 8)).float().mean() > 0.95
-right = pairwise_distances(points[asked], points).topk(9, largest=False).values
+distances, found = index.search(points[firsts], k=8)
+assert torch.equal(found[:, 0], firsts)
+same = (found[:, 1:] == nearest["triplets"][firsts]).float().mean()
+print(f"{index}: each finds itself first; {same:.0%} of the rest as by hand")
+right = pairwise_distances(points[firsts], points).topk(8, largest=False).values
 torch.testing.assert_close(distances, right, atol=2e-3, rtol=0)
-print(index)
 
 # %% [markdown]
-# Indices may differ where two products are equally far, to the last bit; distances may not.
+# (Where two are equally far, to the last bit, the order may differ; distances may not.)
 #
-# ## Looking into few cells
+# Next year's emoji come in. They need no training and no new index: `add` appends them, and their rows count on. Then the index goes into a file: `save` writes it behind its SHA-256, first
+# under a temporary name, so that a write that is killed leaves the old file; `load` checks that it is whole.
+
+# %%
+old, new = (test.labels < 900), (test.labels >= 900)
+rows = torch.cat([torch.nonzero(old)[:, 0], torch.nonzero(new)[:, 0]])
+growing = SearchIndex(points[old])
+print(f"before: {growing}")
+growing.add(points[new])
+with TemporaryDirectory() as folder:
+    file = Path(folder) / "emoji.index"
+    growing.save(file)
+    loaded = SearchIndex.load(file)
+    print(f"after:  {loaded}, {file.stat().st_size / len(loaded):,.0f} bytes each")
+    sound = bytearray(file.read_bytes())
+    sound[len(sound) // 2] ^= 1  # as a bad disk may
+    file.write_bytes(sound)
+    try:
+        SearchIndex.load(file)
+    except ValueError as error:
+        print("one bit turned over:", str(error).replace(str(file), file.name))
+assert torch.equal(rows[loaded.search(points[firsts], 8)[1]], found)
+
+# %% [markdown]
+# ## Looking into few cells: IVF
 #
-# How can a search be faster than looking at everything? Sort the points beforehand. *IVF* (inverted file) runs k-means and puts each point into the cell of
+# How can a search be faster than looking at everything? Sort the points beforehand. *IVF* (inverted file) runs k-means and puts each point into the *cell* of
 # its nearest centre. A query then looks only into the few cells whose centres are nearest to it. By hand, on a plane:
 
 # %%
-plane = torch.from_numpy(PCA(2, random_state=0).fit_transform(points.numpy()))
+everything = torch.cat([embed(network, train.images), points])
+plane = torch.from_numpy(PCA(2, random_state=0).fit_transform(everything.numpy()))
 kmeans = KMeans(16, n_init=1, random_state=0).fit(plane)
 centres, cell = torch.from_numpy(kmeans.cluster_centers_), torch.from_numpy(kmeans.labels_).long()
 
@@ -477,7 +655,7 @@ def search_cells(query, count, k=10):
 
 
 # %% [markdown]
-# Ask for the ten nearest of 300 products. Of the ten true ones, how many are found with one cell, two, four, all sixteen?
+# Ask for the ten nearest of 300 drawings. Of the ten true ones, how many are found with one cell, two, four, all sixteen?
 
 # %%
 truth = pairwise_distances(plane[:300], plane).topk(10, largest=False).indices
@@ -486,6 +664,7 @@ for count in (1, 2, 4, 16):
     found = torch.stack([search_cells(query, count) for query in plane[:300]])
     hits = (found[:, :, None] == truth[:, None]).any(dim=2)
     found_share[count] = float(hits.float().mean())
+    print(f"{count:2} cells: {found_share[count]:.1%}")
 assert found_share[1] < found_share[2] <= found_share[4] <= found_share[16]
 assert found_share[16] > 0.999
 
@@ -493,49 +672,98 @@ assert found_share[16] > 0.999
 most = torch.stack([cell[row].bincount(minlength=16).max() for row in truth])
 query, ten = plane[most.argmin()], truth[most.argmin()]
 inside = torch.isin(ten, search_cells(query, 1, k=30))
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=[1.2, 1])
-left.scatter(*plane.T, s=14, color=[PALETTE[c % 10] for c in cell.tolist()], alpha=0.35)
-left.scatter(*plane[ten[inside]].T, s=60, color=SAME, label="found in one cell")
-left.scatter(*plane[ten[~inside]].T, s=60, color=DIFFERENT, marker="X", label="missed")
-left.scatter(*query, marker="*", s=160, color="black", label="query")
-reach = 5 * float((plane[ten] - query).norm(dim=1).max())
-left.set(xlim=(query[0] - reach, query[0] + reach), ylim=(query[1] - reach, query[1] + reach))
-left.set(title="Neighbours may lie in the next cell", xticks=[], yticks=[])
-left.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
-right.plot(list(found_share), list(found_share.values()), "o-", color=SAME)
-right.set(title="Four cells of sixteen find nearly all", xlabel="cells looked into")
-right.set(ylabel="share of the ten nearest found", xscale="log", xticks=[1, 2, 4, 16])
-right.xaxis.set_major_formatter("{x:.0f}")
-right.yaxis.set_major_formatter("{x:.0%}")
-right.minorticks_off()
+low, high = plane.amin(dim=0), plane.amax(dim=0)
+x, y = (torch.linspace(float(low[i]), float(high[i]), 400) for i in (0, 1))
+grid = torch.cartesian_prod(x, y).to(plane.dtype)
+cells = torch.cdist(grid, centres.to(plane.dtype)).argmin(dim=1).view(400, 400).T
+looked_into = (centres - query).norm(dim=1).argmin()
+
+# %%
+figure, ax = plt.subplots(figsize=(8, 4.6))
+ax.contourf(x, y, cells == looked_into, levels=[0.5, 1.5], colors=[SAME], alpha=0.18)
+ax.contour(x, y, cells, levels=np.arange(16) + 0.5, colors="grey", linewidths=0.8)
+ax.scatter(*plane.T, s=4, color="grey", alpha=0.5, linewidths=0)
+ax.scatter(*centres.T, s=70, marker="P", color="white", edgecolor="black", label="centres")
+ax.scatter(*plane[ten[inside]].T, s=50, color=SAME, label="found in the nearest cell")
+ax.scatter(*plane[ten[~inside]].T, s=50, color=DIFFERENT, marker="X", label="missed")
+ax.scatter(*query, marker="*", s=180, color="black", label="query")
+ax.set(title="IVF: neighbours across the border of the cell are missed", xticks=[], yticks=[])
+figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 plt.show()
 
 # %% [markdown]
-# That share is the recall of the *index*: which part of the truly nearest it finds. It is not Recall@k of the embeddings, which asks whether the nearest are of the
-# right kind. An index can be perfect on useless embeddings.
+# The blue cell is the one looked into. The share of the true neighbours that is found is the recall of the *index*: which part of the truly nearest it finds. It is not Recall@k of the embeddings, which asks whether the nearest are of the
+# right class. An index can be perfect on useless embeddings.
 #
-# The other idea is a graph. *HNSW* links each point to some of its neighbours and, on coarser and coarser layers, to points farther off. A search starts on
-# the coarsest layer and walks to whatever is nearer, until nothing is. It keeps a list of candidates; the longer the list, the more it finds.
+# ## Walking a graph: HNSW
+#
+# The other idea is a graph (*hierarchical navigable small world*). Each point is linked to some of its neighbours. Every eighth point is also on a coarser layer, with longer links, and every eighth of those on a coarser one
+# still. A search starts on the coarsest layer, walks to whichever neighbour is nearer to the query until none is, and goes on from there on the next finer one.
+
+# %%
+draw = torch.Generator().manual_seed(2)
+some = plane[torch.randperm(len(plane), generator=draw)[:512]]
+layers = [torch.arange(len(some))[::step] for step in (64, 8, 1)]  # which points are on it
+
+
+def links(layer, count=5):
+    among = pairwise_distances(some[layer], some[layer]).topk(
+        min(count, len(layer) - 1) + 1, largest=False
+    )
+    return {int(layer[i]): layer[row].tolist() for i, row in enumerate(among.indices)}
+
+
+def walk(start, graph, query):
+    path = [start]
+    while True:
+        step = min(graph[path[-1]], key=lambda point: float((some[point] - query).norm()))
+        if step == path[-1]:
+            return path
+        path.append(step)
+
+
+query, paths = plane[torch.nonzero(~torch.isin(plane[:, 0], some[:, 0]))[0, 0]], []
+at = int((some[layers[0]] - query).norm(dim=1).argmax() * 64)  # the farthest of the coarsest
+for layer in layers:
+    paths.append(walk(at, links(layer), query))
+    at = paths[-1][-1]
+compared = sum(
+    len(links(layer)[point]) for layer, path in zip(layers, paths, strict=True) for point in path
+)
+nearest_of_all = int((some - query).norm(dim=1).argmin())
+print(f"walked to point {at}, the nearest is {nearest_of_all}; looked at {compared} of {len(some)}")
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharex=True, sharey=True)
+for ax, layer, path, name in zip(
+    axes, layers, paths, ("coarsest", "middle", "all points"), strict=True
+):
+    for point, others in links(layer).items():
+        for other in others:
+            ax.plot(*some[[point, other]].T, color="lightgrey", linewidth=0.7, zorder=0)
+    ax.scatter(*some[layer].T, s=10, color="grey")
+    ax.plot(*some[path].T, "o-", color=SAME, markersize=6, linewidth=2.5)
+    ax.scatter(*query, marker="*", s=180, color="black")
+    ax.set(title=f"{name}: {len(layer)} points, {len(path) - 1} steps", xticks=[], yticks=[])
+figure.suptitle(
+    "HNSW: a few long steps, then short ones, towards the query (star)", fontweight="bold"
+)
+plt.show()
+
+# %% [markdown]
+# FAISS chooses links with more care, keeps a list of candidates instead of one, and backtracks; the longer the list, the more it finds.
 
 # %% [markdown]
 # ## Recall against time
 #
-# Five thousand points are no challenge, and a million of 768 numbers would be three gigabytes. So keep 64 numbers of each, by PCA fit on the seen images (exercise 1 asks
-# what that costs). One thousand unseen products are kept out to ask with; the other 9 000 images are the catalogue.
-
-# %%
-earlier = one_layer_earlier(by_triplets[0], images)
-pca = PCA(64, random_state=0).fit(earlier[torch.isin(labels, splits[0])].numpy())
-short = torch.from_numpy(pca.transform(earlier.numpy()))
-held_out = torch.isin(torch.arange(len(images)), unseen[:1000])
-queries, real = short[held_out], short[~held_out]
-print(tuple(queries.shape), tuple(real.shape))
-
-# %% [markdown]
-# To grow the catalogue, add **perturbed copies**: real points, each moved in a random direction about as far as its nearest neighbour is. That keeps the
+# Eight thousand points are no challenge, and a million of 768 numbers would be three gigabytes. So keep 64 numbers of each, by PCA fit on the training drawings (exercise 1 asks
+# what that costs). 500 test drawings are kept out to ask with; all others are the catalogue. To grow it, add **perturbed copies**: real points, each moved in a random direction about as far as its nearest neighbour is. That keeps the
 # crowding of real embeddings, but it is not a real catalogue of that size.
 
 # %%
+shrink = PCA(64, random_state=0).fit(everything[: len(train.images)].numpy())
+short = torch.from_numpy(shrink.transform(everything.numpy())).float()
+queries, real = short[-500:], short[:-500]
 step = float(pairwise_distances(queries, real).amin(dim=1).median())
 
 
@@ -548,7 +776,7 @@ def enlarge(points, count):
 
 
 large = enlarge(real, 100_000)
-assert len(large) == 100_000
+print(f"{len(real):,} real points grown to {len(large):,}")
 
 # %% [markdown]
 # An exact search says what is right. Then try each approximate kind with more and more *effort*: the candidates that HNSW keeps in mind, or the cells that IVF
@@ -581,28 +809,39 @@ for kind, efforts in (("hnsw", (10, 16, 32, 64, 128, 256)), ("ivf", (1, 2, 4, 8,
         (effort, ms, recall(found, right))
         for effort, (found, ms) in zip(efforts, runs, strict=True)
     ]
-assert curves["ivf"][-1][2] > 0.999
-found_shares = [share for _, _, share in curves["ivf"]]
-assert found_shares == sorted(found_shares)
-assert curves["hnsw"][-1][2] > max(0.9, curves["hnsw"][0][2])
+
+# %% tags=["nbval-ignore-output"]
+for kind, curve in curves.items():
+    print(kind, *(f"{effort}: {share:.1%}" for effort, _, share in curve), sep="  ")
+
+# %%
+shares = {kind: [share for _, _, share in curve] for kind, curve in curves.items()}
+assert shares["ivf"][-1] > 0.999
+assert shares["ivf"] == sorted(shares["ivf"])
+assert shares["hnsw"][-1] > max(0.9, shares["hnsw"][0])
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 4))
 for (kind, curve), color in zip(curves.items(), (PALETTE[2], SAME), strict=True):
     efforts, times, recalls = zip(*curve, strict=True)
-    ax.plot(times, recalls, "o-", color=color, label=kind)
+    ax.plot(times, recalls, "o-", color=color)
     for effort, ms, found_share in curve:
         offset = (4, -12) if kind == "hnsw" else (-8, 7)
         ax.annotate(effort, (ms, found_share), offset, textcoords="offset points", color=color)
-ax.plot(exact_time, 1, "*", markersize=14, color="black", label="exact")
-ax.set(title="A little recall buys a lot of time", xscale="log", ylim=(None, 1.06))
-ax.set(xlabel="milliseconds a query (1 000 queries at once)", ylabel="recall of the ten nearest")
-ax.yaxis.set_major_formatter("{x:.0%}")
-ax.legend(loc="lower right")
+    ax.annotate(
+        {"hnsw": "HNSW", "ivf": "IVF"}[kind], (times[0], recalls[0]), (0, -26), color=color,
+        textcoords="offset points", ha="center", fontweight="bold",
+    )  # fmt: skip
+ax.plot(exact_time, 1, "*", markersize=14, color="black")
+ax.annotate("exact", (exact_time, 1), (0, 9), textcoords="offset points", ha="center")
+ax.set(title="A little recall buys a lot of time", xscale="log", ylim=(None, 1.08))
+ax.set(xlabel="milliseconds a query (500 queries at once)", ylabel="recall of the ten nearest")
+ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+ax.margins(y=0.2)
 plt.show()
 
 # %% [markdown]
-# To the left is fast, at the top is complete. The numbers are the effort. IVF with one cell misses much of what lies across the border, as on the plane above;
+# To the left is fast, at the top is complete. The small numbers are the effort. IVF with one cell misses much of what lies across the border, as on the plane above;
 # with 16 of 316 cells it misses little, at a small part of the time of the exact search (the star). With all cells it *is* an exact search, with a detour. HNSW starts higher: even a
 # short list of candidates leads near the query.
 #
@@ -622,13 +861,10 @@ def comparisons(index, queries, **options):
     return counter.ndis / len(queries)
 
 
-assert max(comparisons(indices[kind], queries) for kind in ("hnsw", "ivf")) < 20_000
-assert comparisons(indices["exact"], queries) == 100_000
-
 # %% [markdown]
 # ## Growing to a million
 #
-# The same with ten thousand, a hundred thousand and a million points, each time the real embeddings and perturbed copies. HNSW stops at a hundred thousand here: a
+# The same with ten thousand, a hundred thousand and a million points. HNSW stops at a hundred thousand here: a
 # million would take it minutes to build. The million is 256 MB; without that much to spare, leave the last size out.
 
 
@@ -660,258 +896,181 @@ growth.round(3)
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
 palette = {"exact": "black", "hnsw": PALETTE[2], "ivf": SAME}
 for ax, column in zip(axes, ("compared", "ms a query"), strict=True):
-    sns.lineplot(growth, x="points", y=column, hue="kind", palette=palette, marker="o", ax=ax)
-    ax.set(xscale="log", yscale="log", xlabel="points in the index")
-axes[1].get_legend().remove()
-axes[0].set(title="Vectors compared a query", ylabel="")
-axes[1].set(title="Milliseconds a query (200 at once)", ylabel="")
+    for kind, color in palette.items():
+        line = growth[growth["kind"] == kind]
+        ax.plot(line["points"], line[column], "o-", color=color)
+        ax.annotate(
+            {"hnsw": "HNSW", "ivf": "IVF"}.get(kind, kind), (line["points"].iloc[-1], line[column].iloc[-1]),
+            (6, -3), textcoords="offset points", color=color,
+        )  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="points in the index", xlim=(None, 4e6))
+axes[0].set(title="Vectors compared a query")
+axes[1].set(title="Milliseconds a query (200 at once)")
 plt.show()
 
 # %% [markdown]
-# Exact search compares with everything: ten times the points, ten times the work. IVF has about sqrt(n) cells and looks into 16 of them, so that its work grows like sqrt(n),
-# and HNSW's hardly grows. What they pay is the time to build, and some recall. For ten thousand points none of this matters: an exact search takes a fraction of a millisecond, has
-# nothing to tune and misses nothing.
+# Exact search compares with everything: ten times the points, ten times the work. IVF has about sqrt(n) cells and looks into 16 of them, so its work grows like sqrt(n). HNSW's
+# grows most slowly: XXX for ten times the points. What they pay is the time to build, and some recall. For ten thousand points none of this matters: an exact search takes a fraction of a
+# millisecond, has nothing to tune and misses nothing.
 
 # %%
-millions = growth[growth["points"] == 1_000_000].set_index("kind")
-assert millions["compared"]["ivf"] < 0.1 * millions["compared"]["exact"]
+compared = growth.pivot(index="points", columns="kind", values="compared")
+tenfold = (compared.loc[100_000] / compared.loc[10_000]).round(1)
+print(
+    "ten times the points:",
+    ", ".join(f"{kind} {times} times the work" for kind, times in tenfold.items()),
+)
+assert tenfold["exact"] == 10
+assert tenfold["hnsw"] < tenfold["ivf"] < 5
 assert growth[growth["kind"] != "exact"]["recall"].min() > 0.5
 
 # %% [markdown]
-# ## Kept in a file
+# ## Smaller vectors: product quantisation
 #
-# Building took seconds, so keep the result. `save` writes the FAISS index behind a header with its SHA-256, first to a temporary name, then renamed:
-# a write that is killed leaves the old file. `load` checks that the file is whole.
+# IVF and HNSW save time, not memory: each point still takes 64 × 4 = 256 bytes, and HNSW's links come on top. *Product quantisation* (PQ) saves memory. Cut each vector into M
+# pieces, run k-means with 256 centres on each piece, and keep of each piece only the number of its centre: one byte. A distance is then a sum of M numbers from a table. Rougher is *scalar* quantisation
+# (SQ8), one byte a number. FAISS has both, by the names of its `index_factory`.
+
+
+# %%
+def shrunk(name):
+    packed = faiss.index_factory(64, name)
+    packed.train(large[:20_000].numpy())
+    packed.add(large.numpy())
+    found = torch.from_numpy(packed.search(queries.numpy(), 10)[1])
+    return packed.code_size, recall(found, indices["exact"].search(queries, 10)[1])
+
+
+packings = pd.DataFrame(
+    {name: shrunk(name) for name in ("PQ4", "PQ8", "PQ16", "PQ32", "SQ8")},
+    index=["bytes", "recall"],
+).T
 
 # %% tags=["nbval-ignore-output"]
-with TemporaryDirectory() as folder:
-    file = Path(folder) / "catalogue.index"
-    sizes = {}
-    for kind, kept in indices.items():
-        kept.save(file)
-        sizes[kind] = file.stat().st_size / len(kept)
-        loaded = SearchIndex.load(file)
-        assert torch.equal(loaded.search(queries)[1], kept.search(queries)[1])
-print({kind: round(size) for kind, size in sizes.items()}, "bytes a point")
-
-# %% [markdown]
-# A point of 64 numbers in float32 takes 256 bytes, and that is nearly all that "exact" and "ivf" keep; HNSW's links double it. Now turn over one bit in the middle of a file, as a
-# bad disk may, and cut another short.
+packings.round(3)
 
 # %%
-with TemporaryDirectory() as folder:
-    file = Path(folder) / "catalogue.index"
-    index.save(file)
-    sound = bytearray(file.read_bytes())
-    flipped = sound.copy()
-    flipped[len(sound) // 2] ^= 1
-    for name, content in {"one bit": flipped, "cut": sound[:-100], "other": b"hello"}.items():
-        file.write_bytes(content)
-        try:
-            SearchIndex.load(file)
-        except ValueError as error:
-            print(f"{name:8}", str(error).replace(str(file), file.name))
-
-# %% [markdown]
-# ## More like this
-#
-# Now a picture of your own. `load_image` takes a file of any size, colour or kind that Pillow reads and makes of it what the network knows: upright, grey, 28 × 28, bright on
-# black (an image with a bright border becomes its negative), standardised. The rest is one embedding and one search.
-
-
-# %%
-def more_like_this(file, k=8):
-    query = load_image(file)
-    distances, found = index.search(one_layer_earlier(by_triplets[0], query), k)
-    return query, found[0], distances[0]
-
-
-# %% [markdown]
-# Put the path of a photo of yours there. So that the chapter runs anywhere, it draws two: a brown bag in a JPEG with a wide format, and a boot on transparent ground.
-
-# %%
-bag = Image.new("RGB", (640, 480), "white")
-pen = ImageDraw.Draw(bag)
-pen.arc((220, 30, 420, 330), 180, 360, fill=(96, 56, 32), width=22)
-pen.rounded_rectangle((80, 170, 560, 450), 40, fill=(150, 90, 50))
-pen.rectangle((80, 260, 560, 275), fill=(96, 56, 32))
-boot = Image.new("RGBA", (320, 230))
-pen = ImageDraw.Draw(boot)
-pen.polygon([(170, 10), (295, 10), (300, 190), (15, 190), (20, 150), (150, 110)], fill=(70, 60, 60))
-pen.rectangle((15, 185, 302, 205), fill=(30, 30, 30))
-pen.rectangle((230, 205, 302, 220), fill=(30, 30, 30))
-
-# %%
-with TemporaryDirectory() as folder:
-    files = [Path(folder) / "bag.jpg", Path(folder) / "boot.png"]
-    for drawing, file in zip((bag, boot), files, strict=True):
-        drawing.save(file)
-    answers = [more_like_this(file) for file in files]
-rows = torch.cat([torch.cat([query, products[found]]) for query, found, _ in answers])
-words = [["yours", *(FASHION_NAMES[kinds[i]] for i in found)] for _, found, _ in answers]
-figure = show_images(rows, [word for row in words for word in row], columns=9)
-
-# %% [markdown]
-# The drawings are crude, and still the bag is answered with bags, the boot with boots. Both were made grey, bright on black and 28 pixels wide on the way (left).
-
-# %%
-assert words[0].count("bag") >= 4
-assert "ankle boot" in words[1]
-
-# %% [markdown]
-# And what is no image? A text that calls itself a photo, a photo whose download broke off, one that is not there:
-
-# %%
-with TemporaryDirectory() as folder:
-    bad = {name: Path(folder) / name for name in ("text.jpg", "cut.png", "missing.png")}
-    bad["text.jpg"].write_text("I am no photo.")
-    boot.save(bad["cut.png"])
-    bad["cut.png"].write_bytes(bad["cut.png"].read_bytes()[:200])
-    for name, file in bad.items():
-        try:
-            more_like_this(file)
-        except ValueError as error:
-            print(str(error).replace(str(file), name))
-        except FileNotFoundError:
-            print(name, "is not there")
-
-# %% [markdown]
-# ## A search always answers
-#
-# Ask for a handwritten digit and you get eight products all the same. Nothing in the answer says that the question was odd; only the *distances* may. Compare how
-# far the nearest product is for digits and for products that were kept out.
-
-# %%
-catalogue = SearchIndex(points[1000:])
-digits = one_layer_earlier(by_triplets[0], load_mnist("test")[0][:1000])
-lonely = {"products": points[:1000], "digits": digits}
-lonely = {name: catalogue.search(asked, 1)[0] for name, asked in lonely.items()}
-figure, ax = plt.subplots(figsize=(8, 3))
-for (name, far), color in zip(lonely.items(), (SAME, DIFFERENT), strict=True):
-    ax.hist(far[:, 0], 60, density=True, color=color, alpha=0.6, label=name)
-ax.set(title="Odd questions have no near answer", xlabel="distance to the nearest product")
-ax.set(ylabel="density of queries")
-ax.legend()
-plt.show()
-assert lonely["digits"].median() > 1.5 * lonely["products"].median()
-
-# %% [markdown]
-# The distance warns, but it does not decide: the two heaps overlap, and where to draw the line is the subject of chapter 9.
-
-# %% [markdown]
-# The same holds for your photos. The network has seen front views of single products on a plain ground. A product that is worn, turned, small in the picture or on a carpet is
-# another world (*domain shift*), and the numbers of this chapter say nothing about it. Crop the photo to the product first; and if you want to know how well it works
-# on your photos, collect some, label them, and measure as above.
-
-# %% [markdown]
-# ## When it goes wrong: the searched kinds were in training
-#
-# Splits 0 and 1 are each other's reverse. So the network of split 1 was trained on the very images that split 0 searches. Suppose somebody
-# mixes the two up, or trains on all ten kinds "to use all the data", and reports the result as retrieval.
-
-# %%
-leaked = one_layer_earlier(by_triplets[1], products)
-verdicts = {
-    "no training: pixels": scores["pixels", 0],
-    "trained on five other kinds": scores["triplets, earlier", 0],
-    "trained on the searched images": score(leaked, kinds),
-}
-figure, ax = plt.subplots(figsize=(8, 2.8))
-for place, name in enumerate(("Recall@1", "MAP@R")):
-    values = [verdict[name] for verdict in verdicts.values()]
-    ax.bar(
-        [place + 0.27 * (i - 1) for i in range(3)],
-        values,
-        0.25,
-        color=[PALETTE[7], SAME, DIFFERENT],
-    )
-figure.legend(
-    [plt.Rectangle((0, 0), 1, 1, color=c) for c in (PALETTE[7], SAME, DIFFERENT)], list(verdicts),
-    loc="outside right",
-)  # fmt: skip
-ax.set(title="Leakage flatters", xticks=[0, 1], xticklabels=["Recall@1", "MAP@R"], ylim=(0, 1))
-ax.yaxis.set_major_formatter("{x:.0%}")
+figure, ax = plt.subplots(figsize=(8, 3.4))
+ax.plot(packings["bytes"][:4], packings["recall"][:4], "o-", color=SAME)
+ax.plot(packings["bytes"]["SQ8"], packings["recall"]["SQ8"], "s", color=PALETTE[1])
+ax.plot(256, 1, "*", markersize=14, color="black")
+for name, (size, share) in packings.iterrows():
+    ax.annotate(name, (size, share), (0, 8), textcoords="offset points", ha="center")
+ax.annotate("as they are", (256, 1), (0, 9), textcoords="offset points", ha="center")
+ax.set(title="Fewer bytes find fewer of the ten nearest", xscale="log", ylim=(0, 1.15))
+ax.set_xticks([4, 8, 16, 32, 64, 256], [4, 8, 16, 32, 64, 256])
+ax.minorticks_off()
+ax.set(xlabel="bytes a point", ylabel="recall of the ten nearest")
+ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# Trained on the searched images themselves, the network's MAP@R is far above what five other kinds give, while Recall@1, high anyway, hardly tells. Nothing in the result gives it away; only a look at
-# how it was made does. So mend it there: let the program refuse.
+# XXX
 
 # %%
-flattery = verdicts["trained on the searched images"]["MAP@R"]
-flattery -= verdicts["trained on five other kinds"]["MAP@R"]
-assert flattery > 0.1
-
-
-def unseen_only(seen, searched):
-    shared = set(seen.tolist()) & set(searched.tolist())
-    if shared:
-        raise ValueError(f"kinds {sorted(shared)} are in training and among the searched")
-
-
-unseen_only(splits[0], kinds)
-try:
-    unseen_only(splits[1], kinds)
-except ValueError as error:
-    print(error)
+assert packings["recall"]["PQ4"] < packings["recall"]["PQ16"] < packings["recall"]["SQ8"]
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Do 768 numbers have to be? Keep the first 2, 4, 8, 16 or 64 principal components, fit on the *seen* images as above. Where does MAP@R begin to fall, and how much
+# **1.** Do 768 numbers have to be? Keep the first 4, 8, 16, 32, 64 or 128 principal components of the embeddings, fit on the *training* drawings as above. Where does MAP@R begin to fall, and how much
 # smaller would an index be?
 
-# %% jupyter={"source_hidden": true}
-by_size = {n: mean_average_precision_at_r(short[unseen, :n], kinds) for n in (2, 4, 8, 16, 64)}
-whole = scores["triplets, earlier", 0]["MAP@R"]
-assert by_size[2] < by_size[16]
-assert abs(by_size[64] - whole) < 0.05  # with a twelfth of the numbers
+
+# %% tags=["nbval-ignore-output"] jupyter={"source_hidden": true}
+def shortened(count):
+    fitted = PCA(count, random_state=0).fit(everything[: len(train.images)].numpy())
+    return torch.from_numpy(fitted.transform(points.numpy())).float()
+
+
+by_size = {
+    n: float(measure(hits_of(shortened(n)))["MAP@R"].mean()) for n in (4, 8, 16, 32, 64, 128)
+}
+print(
+    {n: f"{value:.1%}" for n, value in by_size.items()}, f"all 768: {at_r['triplets'].mean():.1%}"
+)
+# A twelfth of the numbers keeps nearly all: most of the 768 say again what others say.
+assert by_size[64] > 0.9 * at_r["triplets"].mean() > 1.5 * by_size[4]
 
 # %% [markdown]
-# **2.** Is a product in the catalogue twice? Find pairs of *different* images that lie nearest to each other in pixels, with one search over all 10 000, and look at
-# the eight closest pairs.
+# **2.** "noto-v1" is an older design of "noto", and "emojione-v1" of "emojione", by one studio. How much do such pairs flatter Recall@1? Take the sister designs out of the gallery of each drawing.
 
-# %% jupyter={"source_hidden": true}
-pixels = images.flatten(1)
-far, found = SearchIndex(pixels, "ivf").search(pixels, 2)
-other = torch.where(found[:, 0] == torch.arange(len(pixels)), found[:, 1], found[:, 0])
-gaps = (pixels - pixels[other]).norm(dim=1)
-closest = gaps.argsort()[:16:2]  # each pair comes twice
-figure = show_images(torch.cat([images[closest], images[other[closest]]]), columns=8)
-assert gaps[closest[0]] < 0.3 * gaps.median()
+# %% tags=["nbval-ignore-output"] jupyter={"source_hidden": true}
+studio = torch.tensor([0, 0, 1, 2, 3, 3, 4, 5])[test.designers]
+distances = pairwise_distances(points, points).fill_diagonal_(torch.inf)
+sisters = (studio[:, None] == studio) & (test.designers[:, None] != test.designers)
+distances[sisters] = torch.inf
+strict = test.labels[distances.argmin(dim=1)] == test.labels
+free = scores["triplets"]["Recall@1"].mean()
+print(f"Recall@1 {free:.1%} among all, {strict.float().mean():.1%} without sister designs")
+# Some first answers are sister designs, but nearly as many drawings are found by another hand.
+assert 0.8 * free < strict.float().mean() < free
 
 # %% [markdown]
-# **3.** FAISS can also shrink the vectors themselves. `faiss.index_factory(64, "IVF316,SQ8")` rounds each number to one byte. Build it on the hundred thousand, compare
-# its size with 256 bytes a point, and measure how much of the recall is lost.
+# **3.** What would a leak look like? Measure the network on its own *training* drawings, as somebody would who trains on all 1 177 emoji "to use all the data". Does the result give it away?
 
-# %% jupyter={"source_hidden": true}
-shrunk = faiss.index_factory(64, "IVF316,SQ8")
-shrunk.train(large[:20_000].numpy())
-shrunk.add(large.numpy())
-shrunk.nprobe = 16
-found = torch.from_numpy(shrunk.search(queries.numpy(), 10)[1])
+# %% tags=["nbval-ignore-output"] jupyter={"source_hidden": true}
+leaked = measure(hits_of(embed(network, train.images), train.labels), train.labels)["MAP@R"].mean()
+print(f"MAP@R {leaked:.1%} on the training drawings, {at_r['triplets'].mean():.1%} on new emoji")
+# It is merely better. Nothing in a number says that it was leaked; only a look at how it was made does.
+assert leaked > at_r["triplets"].mean() + 0.1
+
+# %% [markdown]
+# **4.** Vectors shortened to bytes find candidates, the vectors themselves put them in order. Let "PQ16" fetch 100 candidates of each query, and rank them by their true distances. What is the recall of the ten nearest now?
+
+# %% tags=["nbval-ignore-output"] jupyter={"source_hidden": true}
+packed = faiss.index_factory(64, "PQ16")
+packed.train(large[:20_000].numpy())
+packed.add(large.numpy())
+candidates = torch.from_numpy(packed.search(queries.numpy(), 100)[1])
+true = (large[candidates] - queries[:, None]).norm(dim=2)
+again = candidates.gather(1, true.topk(10, largest=False).indices)
 right = indices["exact"].search(queries, 10)[1]
-assert len(faiss.serialize_index(shrunk)) / len(large) < 75
-assert recall(found, right) > recall(indices["ivf"].search(queries, effort=16)[1], right) - 0.1
+print(
+    f"{packings['recall']['PQ16']:.1%} before, {recall(again, right):.1%} after ranking 100 candidates anew"
+)
+# The ten nearest are nearly always among the hundred; only their order was wrong.
+assert recall(again, right) > packings["recall"]["PQ16"] + 0.1
 
 # %% [markdown]
+# ## Check yourself
+#
+# 1. Why must the man who juggles not be a training class when the woman who juggles is a test class?
+#
+#    <details><summary>Answer</summary>They are near twins: whoever has learnt the one knows the other, and the measurement would not be about new classes.</details>
+# 2. Recall@1 is high and MAP@R low. What does a search return?
+#
+#    <details><summary>Answer</summary>A hit first, and then much that is wrong: the nearest is found, the others of its class lie far.</details>
+# 3. Why is a mirrored drawing no good augmentation here?
+#
+#    <details><summary>Answer</summary>Mirrored, a left arrow is a right one: the change must not turn one class into another.</details>
+# 4. The recall of an index is 100 %. Are its answers right?
+#
+#    <details><summary>Answer</summary>They are the truly nearest. Whether those are of the right class depends on the embeddings.</details>
+# 5. A thousand photographs each of five kinds, or seven drawings each of 700: which teaches more about a new kind?
+#
+#    <details><summary>Answer</summary>The 700, as the curve above shows: what tells five kinds apart need not tell a sixth.</details>
+#
 # ## Summary
 #
-# - Retrieval is measured on kinds that training has not seen, over several splits fixed beforehand, and against rivals that cost less.
-# - Five kinds of 1 000 images teach something about their relatives and little about the rest; cutting off the last layer keeps more of it.
-# - An index trades a little recall for a lot of time; measure both on your own vectors. Exact is enough for thousands.
-# - Save an index whole, check it when it is loaded; a search always answers, so look at the distance.
+# - Retrieval is measured on classes that training has not seen, near twins kept together, against rivals that cost less.
+# - Many classes with few images each teach what distinguishes classes in general; five classes, however many images, do not.
+# - Augmentation says which differences do not matter; the loss, all triplets of 64 × 6 batches, does the rest.
+# - An index trades a little recall for a lot of time (IVF, HNSW) or memory (PQ); measure both on your own vectors. Exact is enough for thousands.
 #
-# **Next** [9 · Verification](09_verification.ipynb) asks of two images whether they are the same, and how sure one may be.
+# **Next** [9 · Verification](09_verification.ipynb) asks of two drawings whether they are the same, and how sure one may be.
 #
 # ## References
 #
 # - H. Oh Song, Y. Xiang, S. Jegelka, S. Savarese, "Deep metric learning via lifted structured feature embedding", CVPR 2016 (unseen classes, Recall@k).
 # - K. Musgrave, S. Belongie, S.-N. Lim, "A metric learning reality check", ECCV 2020 (MAP@R, and fair comparison).
 # - A. Zhai, H.-Y. Wu, "Classification is a strong baseline for deep metric learning", BMVC 2019.
-# - J. Yosinski, J. Clune, Y. Bengio, H. Lipson, "How transferable are features in deep neural networks?", NeurIPS 2014.
-# - T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning of visual representations", ICML 2020 (the layer before).
+# - K. He, X. Zhang, S. Ren, J. Sun, "Deep residual learning for image recognition", CVPR 2016.
+# - A. Hermans, L. Beyer, B. Leibe, "In defense of the triplet loss for person re-identification", 2017 (batches of P × K).
+# - T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning of visual representations", ICML 2020 (augmentation; the layer before).
+# - P. Khosla et al., "Supervised contrastive learning", NeurIPS 2020.
 # - H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", arXiv 1708.07747, 2017.
 # - M. Douze et al., "The Faiss library", arXiv 2401.08281, 2024.
 # - H. Jégou, M. Douze, C. Schmid, "Product quantization for nearest neighbor search", 2011 (IVF, PQ).
 # - Y. Malkov, D. Yashunin, "Efficient and robust approximate nearest neighbor search using hierarchical navigable small world graphs", 2016.
+# - The drawings: EmojiTwo contributors after Emoji One 2 (CC BY 4.0), Emoji One (CC BY-SA 4.0), Microsoft (MIT), Mozilla (Apache 2.0), Google (Apache 2.0), OpenMoji (CC BY-SA 4.0), Twitter and contributors (CC BY 4.0).

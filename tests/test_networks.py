@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tripletlib import EmbeddingNet, HofferAilonNet, TripletNet
+from tripletlib import EmbeddingNet, HofferAilonNet, ResidualNet, TripletNet
 
 
 def test_embeddings_lie_on_the_unit_sphere():
@@ -46,6 +46,35 @@ def test_the_seed_fixes_the_initial_weights():
 def test_images_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"images must have shape \(n, 1, height, width\).*got"):
         EmbeddingNet()(torch.zeros(shape))
+
+
+def test_the_residual_network_adds_what_a_convolution_makes_of_its_input():
+    net = ResidualNet().eval()
+    images = torch.randn(5, 3, 32, 32)
+    points = net(images)
+    assert points.shape == (5, 768)
+    torch.testing.assert_close(points.norm(dim=1), torch.ones(5))
+    blocks = [layer for layer in net.layers if hasattr(layer, "change")]
+    assert len(blocks) >= 2
+    for block in blocks:
+        convolution, norm, _ = block.change
+        x = torch.randn(2, convolution.in_channels, 8, 8)
+        by_hand = x + norm(convolution(x)).relu()
+        torch.testing.assert_close(block(x), by_hand)
+        nn.init.zeros_(norm.weight)
+    # Without their changes nothing is left of the blocks.
+    plain = nn.Sequential(*(layer for layer in net.layers if not hasattr(layer, "change")))
+    torch.testing.assert_close(net(images), nn.functional.normalize(plain(images)))
+
+
+def test_the_residual_network_takes_grey_and_small_images_and_refuses_others():
+    assert ResidualNet(1, normalize=False)(torch.randn(2, 1, 16, 20)).shape == (2, 768)
+    with pytest.raises(ValueError, match=r"\(n, 3, height, width\) .* 16 pixels, got \(2, 1, 32"):
+        ResidualNet()(torch.zeros(2, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"at least 16 pixels, got \(2, 3, 12, 32\)"):
+        ResidualNet()(torch.zeros(2, 3, 12, 32))
+    with pytest.raises(ValueError, match="in_channels must be a whole number"):
+        ResidualNet(0)
 
 
 @pytest.mark.parametrize("options", [{"dimensions": 0}, {"in_channels": 1.5}])

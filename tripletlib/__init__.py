@@ -3,7 +3,7 @@
 The chapters in ``notebooks/`` derive what this package holds; import it to use it.
 """
 
-from tripletlib.augmentation import jitter
+from tripletlib.augmentation import jitter, jitter_colours
 from tripletlib.data import (
     load_emoji,
     load_fashion_mnist,
@@ -20,7 +20,7 @@ from tripletlib.losses import (
     batch_all_triplet_loss,
 )
 from tripletlib.neighbours import KNNClassifier
-from tripletlib.networks import EmbeddingNet, HofferAilonNet, TripletNet
+from tripletlib.networks import EmbeddingNet, HofferAilonNet, ResidualNet, TripletNet
 from tripletlib.runs import load_or_fit
 from tripletlib.sampling import BalancedBatchSampler, draw_triplets
 from tripletlib.scores import (
@@ -43,6 +43,7 @@ __all__ = [
     "History",
     "HofferAilonNet",
     "KNNClassifier",
+    "ResidualNet",
     "Score",
     "SearchIndex",
     "TripletEmbedder",
@@ -55,6 +56,7 @@ __all__ = [
     "embed",
     "fit",
     "jitter",
+    "jitter_colours",
     "knn_accuracy",
     "load_emoji",
     "load_fashion_mnist",

@@ -59,7 +59,7 @@ class VerificationReport:
     All intervals are of confidence 95 % and take the pairs as drawn independently. Pairs that share
     an image are not: n images make n (n - 1) / 2 pairs but are only n draws, so that for all pairs
     of a set of images the intervals are too narrow, often by several times. Where that matters,
-    draw images anew (a bootstrap over images) or measure on separate sets of images.
+    draw anew what was drawn, the classes (a bootstrap; chapter 9 has it), or measure on others.
     """
 
     same_distances: np.ndarray

@@ -44,6 +44,25 @@ def load_image(path: str | os.PathLike, size: int = 28) -> Tensor:
         If it is not an image, is damaged or has too many pixels to open safely (Pillow's limit,
         ``PIL.Image.MAX_IMAGE_PIXELS``); the message names the file. Also if size is not a whole
         number of at least 1.
+
+    Examples
+    --------
+    A wide drawing on transparent ground becomes a square one, bright on black:
+
+    >>> from PIL import Image, ImageDraw
+    >>> boot = Image.new("RGBA", (320, 230))
+    >>> ImageDraw.Draw(boot).polygon([(170, 10), (295, 10), (300, 190), (15, 190)], fill="brown")
+    >>> boot.save("boot.png")
+    >>> load_image("boot.png").shape
+    torch.Size([1, 1, 28, 28])
+
+    A download that broke off is no image:
+
+    >>> from pathlib import Path
+    >>> _ = Path("cut.png").write_bytes(Path("boot.png").read_bytes()[:200])
+    >>> load_image("cut.png")
+    Traceback (most recent call last):
+    ValueError: cut.png is not an image, or it is damaged
     """
     check_count(size, "size")
     try:
