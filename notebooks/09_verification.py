@@ -76,9 +76,9 @@ network, _ = load_or_fit(
     ResidualNet,
     train.images,
     seen,
-    loss=TripletLoss(margin=0.2),
-    epochs=8,
-    batch_sampler=BalancedBatchSampler(seen, classes_per_batch=64, images_per_class=6),
+    loss=TripletLoss(margin=0.2, mining="semihard"),
+    epochs=12,
+    batch_sampler=BalancedBatchSampler(seen, classes_per_batch=32, images_per_class=6),
     augment=redraw,
     seed=0,
     progress=False,
@@ -214,7 +214,7 @@ assert len(distances) == len(points) * (len(points) - 1) // 2
 report
 
 # %% [markdown]
-# XXX numbers. The intervals are very small, too small, as we shall see. First check the numbers against
+# Never seen, and only one in ten is wrong on either side; a door that lets in one in a hundred others opens for two of three of the right ones. The intervals are very small, too small, as we shall see. First check the numbers against
 # scikit-learn, on one pair in ten.
 
 # %%
@@ -252,7 +252,7 @@ for ax, name in zip(axes, ("PCA", "triplets"), strict=True):
 plt.show()
 
 # %% [markdown]
-# The dotted line is the threshold of the equal error rate: as large a part of the blue heap lies to its right as of the orange heap to its left. XXX
+# The dotted line is the threshold of the equal error rate: as large a part of the blue heap lies to its right as of the orange heap to its left. The left heaps overlap widely; on the right the same emoji have moved left, and the different ones stand together between 0.9 and 1.2.
 #
 # Two pictures of the same curves. The **ROC**, its FAR on a logarithmic axis, because a door lives at the left end. And the **DET** curve (*detection error trade-off*): both *errors*,
 # on axes stretched so that two heaps of normal shape would give a straight line. There, better is lower left, and curves that the
@@ -267,9 +267,7 @@ for place, (name, result) in enumerate(reports.items()):
     inside = (far > 0) & (tar < 1)
     DetCurveDisplay(fpr=far[inside], fnr=1 - tar[inside]).plot(ax=right, color=colors[name])
     words = f"{name}: {result.tar_at_far(0.01):.0%} at FAR 1 %"
-    left.text(
-        0.98, 0.05 + 0.07 * place, words, color=colors[name], transform=left.transAxes, ha="right"
-    )
+    left.text(0.03, 0.7 + 0.07 * place, words, color=colors[name], transform=left.transAxes)
     words = f"{name}: EER {result.equal_error_rate:.0%}"
     right.text(
         0.98, 0.73 + 0.07 * place, words, color=colors[name], transform=right.transAxes, ha="right"
@@ -293,7 +291,8 @@ table = pd.DataFrame({name: 100 * result.frame()["value"] for name, result in re
 table.T.round(1)
 
 # %% [markdown]
-# XXX verdict
+# The training was worth it: the equal error rate falls from 25 % (PCA, the best of the three) to 10 %, and at a FAR of 1 % the door opens for 68 % instead of 26 %. On the DET axes all four curves are nearly straight, as heaps of nearly normal shape make them, and the
+# blue one lies below the others everywhere.
 
 # %%
 best = min(reports[name].equal_error_rate for name in ("pixels", "PCA", "untrained"))
@@ -328,7 +327,7 @@ print("one of them, with its interval:", measured[0].false_accept_rate)
 # On average the threshold keeps its promise. Yet from division to division the FAR moves far more than its interval allows. Each half has more than 700 000 different pairs. How can so many
 # pairs say so little?
 
-# %%
+# %% tags=["nbval-ignore-output"]
 widths = [rates.false_accept_rate.high - rates.false_accept_rate.low for rates in measured]
 print(f"range {np.ptp(fars):.2%}, width of the widest interval {max(widths):.2%}")
 assert 0.007 < fars.mean() < 0.014
@@ -405,7 +404,7 @@ axes[0].set_ylabel("TAR at FAR 1 %")
 axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
-# %%
+# %% tags=["nbval-ignore-output"]
 wide, narrow = (np.mean([high - low for _, low, high in rows]) for rows in (by_classes, by_pairs))
 held = [sum(low <= truth <= high for _, low, high in rows) for rows in (by_classes, by_pairs)]
 print(f"over classes {wide / narrow:.1f} times as wide")
@@ -413,7 +412,7 @@ assert wide > 1.5 * narrow
 assert held[0] > held[1]
 
 # %% [markdown]
-# XXX. So whenever each image is in many pairs, resample what was drawn: the classes.
+# Of the intervals over pairs, which promise 95 %, most miss; those over classes are several times as wide and nearly all hold. So whenever each image is in many pairs, resample what was drawn: the classes.
 #
 # ## When it goes wrong: the threshold of the training classes
 #
@@ -454,7 +453,7 @@ ax.set(title="The same threshold, other classes, another FAR")
 plt.show()
 
 # %% [markdown]
-# XXX The loss pushed the classes *of the training* apart, and new classes were never pushed. The fix is to keep *classes* back and choose the threshold on them, as above.
+# The loss pushed the classes *of the training* apart, and new classes were never pushed. With 827 training classes the price is small: 1.3 % are let in where 1 % was promised, a third more. The fix is to keep *classes* back and choose the threshold on them, as above.
 #
 # With few training classes it is worse. Train a network on the digits 0 to 4 and ask it about 5 to 9:
 
@@ -470,7 +469,7 @@ known, new = (
     )
     for half in halves.values()
 )
-tempting = known.threshold_at_far(0.01)
+on_new = new.at(known.threshold_at_far(0.01)).false_accept_rate
 pixels = asked[halves["digits 5–9"]][:2000].flatten(1)
 in_pixels = verification_report(*pair_distances(pixels, asked_names[halves["digits 5–9"]][:2000]))
 
@@ -484,14 +483,19 @@ contrast = pd.DataFrame(
             reports["pixels"].equal_error_rate,
             in_pixels.equal_error_rate,
         ],
-        "FAR got where 1 % was promised": [got, new.at(tempting).false_accept_rate],
+        "FAR got where 1 % was promised": [got, on_new],
     },
     index=["emoji", "digits"],
 )
 (100 * contrast.T.iloc[1:]).astype(float).round(1)
 
+# %%
+assert new.equal_error_rate > 2 * report.equal_error_rate
+assert on_new > 10 * got
+
 # %% [markdown]
-# XXX
+# Among digits the same lock, set to one stranger in a hundred, lets in *two of three*. Five training classes are told apart almost perfectly, and that says nothing about five others: the equal error rate goes from 0.3 to 30 %, little better than the 37 % of pixels. Among emoji it goes from 4 to 10 %, a third of what pixels
+# give. Many classes make the difference.
 
 # %% [markdown]
 # ## Enrolment: how many drawings does a new class need?
@@ -528,7 +532,7 @@ for name, values in named.items():
     mean, spread = values.mean(axis=1), values.std(axis=1, ddof=1)
     ax.errorbar(shots, mean, yerr=2 * spread, fmt="o-", color=colors[name], capsize=3)
     ax.annotate(name, (4, mean[-1]), (8, -4), textcoords="offset points", color=colors[name])
-ax.set(title="Two drawings of the network do more than four of PCA", xlim=(0.9, 5.2))
+ax.set(title="One drawing for the network does more than four for PCA", xlim=(0.9, 5.2))
 ax.set(xscale="log", xlabel="drawings enrolled of each of 350 emoji", ylabel="right name")
 ax.set_xticks(shots, shots)
 ax.minorticks_off()
@@ -541,7 +545,7 @@ pd.DataFrame(
 ).T.round(1)
 
 # %% [markdown]
-# XXX Bars are two standard deviations over draws of drawings.
+# With one drawing of each, nearly half of the queries get the right name of 350; with four, two of three. Each further drawing adds to the prototype what the others lack. One drawing is enough for the network to beat four under PCA. (Bars: two standard deviations over the draws.)
 
 # %%
 assert (np.diff(named["triplets"], axis=0).mean(axis=1) > 0.03).all()
@@ -605,7 +609,7 @@ for N, rate in zip(counts, fpir, strict=True):
     print(f"N {N:3}: FPIR {rate:.1%}; independent {1 - 0.99**N:.1%}")
 
 # %% [markdown]
-# XXX
+# Among 20 names a stranger already passes for one of them in 18 % of the cases, among 250 in 73 %. The curve stays below the dashed line because comparisons of one stranger are not independent: some drawings resemble much, most resemble little.
 #
 # So a threshold for identification must be chosen for N, by FPIR itself. And FPIR is bought with FNIR:
 
@@ -633,7 +637,7 @@ plt.show()
 print("FNIR at FPIR 5 %:", {N: f"{rate:.0%}" for N, rate in trade.items()})
 
 # %% [markdown]
-# XXX
+# With 20 names and one stranger in twenty given a name, 46 % of the enrolled are not given theirs; with 250 names 86 %. A search among many that may say "none of these" is far harder than a verification, and a good equal error rate promises nothing about it.
 
 # %%
 assert fpir == sorted(fpir)
@@ -644,7 +648,7 @@ assert trade[20] < trade[60] < trade[250]
 #
 # **1.** Does it matter whether distances are squared or not? Compare AUC, EER and TAR at FAR 1 %, and the thresholds.
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 squared = verification_report(distances**2, same)
 # Squaring keeps the order of distances, and rates depend on the order alone. Only thresholds move.
 print(f"thresholds {report.equal_error_threshold:.2f} and {squared.equal_error_threshold:.2f}")
@@ -655,7 +659,7 @@ assert abs(squared.tar_at_far(0.01) - report.tar_at_far(0.01)) < 1e-5
 # %% [markdown]
 # **2.** Which emoji are taken for each other? At the threshold of FAR 1 %, what share of the false accepts comes from the worst hundredth of the pairs of classes? List some of them.
 
-# %% tags=["nbval-ignore-output"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 index = labels.unique(return_inverse=True)[1]
 accepted = pairwise_distances(points, points) <= report.threshold_at_far(0.01)
 member = F.one_hot(index).float()
@@ -666,13 +670,13 @@ print(f"the worst hundredth of the pairs of classes makes {of_all:.0%} of the fa
 for place in worst[:8].tolist():
     one, other = (test.names[labels.unique()[i]] for i in divmod(place, 350))
     print(" ", one, "/", other)
-# A FAR is a mean over pairs of classes, and a few pairs of near twins make most of it.
-assert of_all > 0.5
+# A FAR is a mean over pairs of classes, and a few pairs of near twins make about half of it.
+assert of_all > 0.4
 
 # %% [markdown]
 # **3.** Split *pairs* at random instead of classes: choose the threshold for a FAR of 1 % on half of the pairs, and measure on the other half. Why is the result too good to be true?
 
-# %% tags=["nbval-ignore-output"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 off = []
 for _ in range(5):
     half = torch.rand(len(same), generator=generator) < 0.5
@@ -687,7 +691,7 @@ assert np.abs(off).mean() < 0.2 * np.abs(fars - 0.01).mean()
 # %% [markdown]
 # **4.** "noto-v1" is an older design of "noto", "emojione-v1" one of "emojione". How much do pairs of one studio flatter the EER?
 
-# %% tags=["nbval-ignore-output"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 studio = torch.tensor([0, 0, 1, 2, 3, 3, 4, 5])[test.designers]
 one, other = torch.triu_indices(len(studio), len(studio), offset=1)
 apart = studio[one] != studio[other]
@@ -695,15 +699,15 @@ strict = verification_report(distances[apart], same[apart])
 print(
     f"EER of all {report.equal_error_rate:.2%}, without pairs of one studio {strict.equal_error_rate:.2%}"
 )
-# Redesigns are easier, but they are only some of the same pairs.
-assert report.equal_error_rate < strict.equal_error_rate < report.equal_error_rate + 0.03
+# Hardly: with the redesigns go the different emoji by one hand, which look alike for its style.
+assert abs(strict.equal_error_rate - report.equal_error_rate) < 0.01
 
 # %% [markdown]
 # **5.** *With a network connection:* `load_olivetti()` downloads 400 photographs of 40 people through scikit-learn. Halve them to 32 × 32 pixels, train an `EmbeddingNet` on 30 people and verify the ten others. How wide is the interval over
 # *people*, and what follows?
 
 
-# %% tags=["nbval-ignore-output"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 def verify_faces():
     faces, people = load_olivetti()
     faces, known = F.avg_pool2d(faces, 2), people < 30

@@ -54,7 +54,7 @@ def redraw(images: Tensor) -> Tensor:
 
 
 class Classify(nn.Module):
-    """Cross-entropy of a linear layer upon the embeddings."""
+    """Cross-entropy of a linear layer upon the embeddings, times 16."""
 
     def __init__(self, classes: int, dimensions: int = 768) -> None:
         super().__init__()
@@ -84,22 +84,24 @@ def embedding_net() -> nn.Module:
 
 RECIPE: dict = {
     "make": ResidualNet,
-    "loss": lambda classes: TripletLoss(0.2),
-    "epochs": 8,
-    "batch": (64, 6),
+    "loss": lambda classes: TripletLoss(0.2, "semihard"),
+    "epochs": 12,
+    "batch": (32, 6),
     "augment": redraw,
 }
 WAYS: dict[str, dict] = {
     "recipe": {},
-    "classifier": {"loss": Classify},
+    "all triplets": {"loss": lambda classes: TripletLoss(0.2)},
+    "hard triplets": {"loss": lambda classes: TripletLoss(0.2, "hard")},
+    "margin 0.1": {"loss": lambda classes: TripletLoss(0.1, "semihard")},
+    "margin 0.4": {"loss": lambda classes: TripletLoss(0.4, "semihard")},
     "contrastive 0.5": {"loss": lambda classes: ContrastiveLoss(0.5)},
     "SupCon": {"loss": lambda classes: SupCon()},
-    "margin 0.1": {"loss": lambda classes: TripletLoss(0.1)},
-    "margin 0.4": {"loss": lambda classes: TripletLoss(0.4)},
-    "batches of 32 x 6": {"batch": (32, 6)},
+    "classifier": {"loss": Classify, "batch": (64, 6)},
+    "batches of 64 x 6": {"batch": (64, 6)},
     "no colours": {"augment": jitter},
     "EmbeddingNet(128)": {"make": embedding_net},
-    "16 epochs": {"epochs": 16},
+    "6 epochs": {"epochs": 6},
 }
 
 
