@@ -223,7 +223,7 @@ print(f"MAP@R of PCA by the library: {again:.4f}")
 assert abs(again - scores["PCA"]["MAP@R"].mean()) < 1e-4
 
 # %% [markdown]
-# With 350 emoji to choose from, one answer in a thousand would be right by chance. Pixels find a counterpart first in a third of the cases, because the same thing is often drawn in the
+# Of 2 449 others some six are right, so that chance would hit once in four hundred. Pixels find a counterpart first in more than a third of the cases, because the same thing is often drawn in the
 # same place. PCA is the best of the three, and the one to beat. The untrained network is no worse than pixels: convolutions with random weights keep shapes and colours.
 #
 # ## Which differences do not matter?
@@ -517,7 +517,7 @@ plt.show()
 
 # %% [markdown]
 # Five classes are worse than none: the network learns what tells *those* five apart, forgets the rest, and falls from the untrained 16.6 to 12.6 %. Twenty bring it back to where it began. From eighty classes on it has learnt
-# something that holds for others, too, and more classes bring more, if ever less each. All this at the same number of looks. (With more looks than here, more classes are worth more; this short training cannot use all 5 834 drawings.)
+# something that holds for others, too, and more classes bring more, if ever less each. All this at the same number of looks.
 
 # %%
 assert values[0] < values[1] < nothing < max(values[-2:])
@@ -568,13 +568,13 @@ assert (
 plot_gains(scores_small, "Half size: what triplets gain in MAP@R on the same 350 emoji")
 
 # %% [markdown]
-# Triplets and contrastive loss are equal here: the interval of their difference holds zero. The classifier is far behind, even behind the network that was not trained: 12 000 looks, fourteen at each class, are too few to learn 827 outputs, while triplets learn
+# Triplets and contrastive loss cannot be told apart here: the interval of their difference holds zero. The classifier is far behind, even behind the network that was not trained: 12 000 looks, fourteen at each class, are too few to learn 827 outputs, while triplets learn
 # from every pair. That says nothing about longer training; `tests/benchmarks/emoji.py` compares the losses at full size and length, over seeds and divisions.
 
 # %% [markdown]
 # ## When it goes wrong: five classes
 #
-# This chapter once was about products. Fashion-MNIST has 10 000 photographs of ten kinds of product, a thousand each, ten times as many images as here. Train on five kinds, search among the
+# Do many images make up for few classes? Fashion-MNIST has 10 000 photographs of products, a thousand of each of ten kinds. Five kinds are nearly as many images to learn from as here. Train on five, search among the
 # five others, as above; four such divisions, fixed beforehand: the first five kinds, the other way round, a random half, the other way round.
 
 # %%

@@ -174,7 +174,7 @@ def run(way: dict, seed: int, images: Tensor, labels: Tensor) -> tuple[Callable,
 
 def line(name: str, values: dict[str, float]) -> str:
     """Format a row."""
-    return f"{name:36}" + "".join(f"{metric} {values[metric]:6.1%}  " for metric in METRICS)
+    return f"{name:46}" + "".join(f"{metric} {values[metric]:6.1%}  " for metric in METRICS)
 
 
 def main() -> None:
