@@ -185,19 +185,24 @@ spaces = {
 }
 without = {"pixels": from_white(test.images), "PCA": components}
 for name, points in without.items():
-    ratio = [float(mean_average_precision_at_r(x, test.labels)) for x in (points, spaces[name])]
-    print(f"{name:6} MAP@R {ratio[0]:.1%} as it is, {ratio[1]:.1%} at length one")
-    assert ratio[0] < ratio[1]
+    both = [float(mean_average_precision_at_r(x, test.labels)) for x in (points, spaces[name])]
+    print(f"{name:6} MAP@R {both[0]:.1%} as it is, {both[1]:.1%} at length one")
+    assert both[0] < both[1]
 
 # %% [markdown]
 # An emoji has at most eight drawings, so the seven nearest others tell all three numbers, and one search serves every question that follows.
 
 
 # %% tags=["nbval-ignore-output"]
-def hits_of(points, labels=test.labels):
-    """Which of the seven nearest others of each are of its class, nearest first."""
+def nearest_others(points):
+    """The seven nearest others of each, nearest first."""
     distances = pairwise_distances(points, points).fill_diagonal_(torch.inf)
-    return labels[distances.topk(7, largest=False).indices] == labels[:, None]
+    return distances.topk(7, largest=False).indices
+
+
+def hits_of(points, labels=test.labels):
+    """Which of the seven nearest others of each are of its class."""
+    return labels[nearest_others(points)] == labels[:, None]
 
 
 def measure(hits, labels=test.labels):
@@ -246,7 +251,7 @@ figure = show_images(changed, (["as drawn"] + ["changed"] * 7 + [""] * 16), colu
 
 # %% [markdown]
 # In the first column are drawings of the training set, beside them seven changed versions of each. They are still the bear, the sundae and the key. What must *not* be changed is what tells
-# classes apart: mirrored, a left arrow is a right one. (This *augmentation* was chosen on emoji held back from the training set, like all settings that follow.)
+# classes apart: mirrored, a left arrow is a right one. (This *augmentation* was chosen on emoji held back from the training set, like network, loss, margin and batches below. The epochs are what five minutes allow.)
 #
 # ## Training on many classes
 #
@@ -259,7 +264,7 @@ figure = show_images(changed, (["as drawn"] + ["changed"] * 7 + [""] * 16), colu
 
 # %%
 seen = train.labels.unique(return_inverse=True)[1]  # 0 to 826
-network, history = load_or_fit(
+network, _ = load_or_fit(
     ResidualNet,
     train.images,
     seen,
@@ -380,12 +385,7 @@ assert gains.min() > 0.1
 
 
 # %% tags=["nbval-ignore-output"]
-def nearest_by(name, k=7):
-    distances = pairwise_distances(spaces[name], spaces[name]).fill_diagonal_(torch.inf)
-    return distances.topk(k, largest=False).indices
-
-
-nearest = {name: nearest_by(name) for name in ("PCA", "triplets")}
+nearest = {name: nearest_others(spaces[name]) for name in ("PCA", "triplets")}
 
 
 def show_answers(queries, methods):
@@ -468,7 +468,7 @@ small_train, small_test = (F.avg_pool2d(part.images, 2) for part in (train, test
 
 
 def train_small(classes, loss=None, looks=12_000):
-    """A network that looked so often at halved drawings of so many classes, and their number."""
+    """Test embeddings of a network that looked so often at drawings, and how many drawings."""
     chosen = torch.randperm(827, generator=torch.Generator().manual_seed(0))[:classes]
     places = torch.nonzero(torch.isin(seen, chosen))[:, 0]
     P = min(32, classes)
@@ -486,23 +486,19 @@ def train_small(classes, loss=None, looks=12_000):
     return embed(net, small_test), len(places)
 
 
-def score_small(classes):
-    points, drawn = train_small(classes)
-    return drawn, mean_average_precision_at_r(points, test.labels)
-
-
-by_number = {classes: score_small(classes) for classes in (5, 20, 80, 320, 827)}
+by_number = {classes: train_small(classes) for classes in (5, 20, 80, 320, 827)}
 torch.manual_seed(0)
-nothing = mean_average_precision_at_r(embed(ResidualNet(), small_test), test.labels)
+fresh = embed(ResidualNet(), small_test)
+values = [mean_average_precision_at_r(points, test.labels) for points, _ in by_number.values()]
+nothing = mean_average_precision_at_r(fresh, test.labels)
 
 # %% tags=["nbval-ignore-output"]
-for classes, (drawn, value) in by_number.items():
+for (classes, (_, drawn)), value in zip(by_number.items(), values, strict=True):
     print(f"{classes:3} classes, {drawn:5,} drawings: MAP@R {value:.1%}")
 print(f"untrained, at this size: {nothing:.1%}")
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 3.6))
-values = [value for _, value in by_number.values()]
 ax.plot(list(by_number), values, "o-", color=SAME)
 ax.axhline(nothing, color="grey", linestyle=":")
 ax.annotate(
@@ -520,7 +516,9 @@ plt.show()
 # something that holds for others, too, and more classes bring more, if ever less each. All this at the same number of looks.
 
 # %%
-assert values[0] < values[1] < nothing < max(values[-2:])
+assert values[0] < min(values[1], nothing) - 0.01  # five classes: worse than none
+assert abs(values[1] - nothing) < 0.02  # twenty: where it began
+assert nothing < max(values[-2:])
 
 # %% [markdown]
 # ## Is it the loss?
@@ -543,15 +541,14 @@ class Classify(nn.Module):
 torch.manual_seed(0)
 classify = Classify(827, 768)
 small = {
-    "triplets": train_small(827)[0],
+    "triplets": by_number[827][0],
     "contrastive": train_small(827, ContrastiveLoss(margin=0.5))[0],
     "classifier, layer before": train_small(827, classify)[0],
 }
 with torch.no_grad():
     small["classifier, outputs"] = F.normalize(classify.head(small["classifier, layer before"]))
 small["pixels"] = F.normalize(from_white(small_test))
-torch.manual_seed(0)
-small["untrained"] = embed(ResidualNet(), small_test)
+small["untrained"] = fresh
 scores_small = {name: measure(hits_of(points)) for name, points in small.items()}
 
 # %% [markdown]
