@@ -78,7 +78,7 @@ class ResidualNet(nn.Module):
 
     What the last of them gives, at its highest in each quarter of the image, is the embedding: no
     linear layer follows. Made for small colour images and classes to come that are not those of
-    the training; there it does better than `EmbeddingNet` (see chapter 8).
+    the training (``tests/benchmarks/emoji.py`` has both side by side).
 
     Parameters
     ----------
