@@ -1,5 +1,6 @@
 """The rules that every chapter of the book keeps."""
 
+import ast
 import itertools
 import re
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_there_are_chapters_each_with_a_notebook_and_they_are_numbered_in_order(
 def test_script_and_notebook_hold_the_same_cells(script):
     def essence(book):
         return [
-            (cell.cell_type, cell.source, cell.metadata.get("tags"), cell.metadata.get("jupyter"))
+            (cell.cell_type, cell.source, *map(cell.metadata.get, ("alt", "jupyter", "tags")))
             for cell in book.cells
         ]
 
@@ -61,7 +62,7 @@ def test_jupyterlab_finds_nothing_to_change_in_a_chapter_that_it_opens_and_saves
     assert set(book.metadata) == {"jupytext", "kernelspec", "language_info"}
     # No times of execution, no state of a view.
     for cell in book.cells:
-        assert set(cell.metadata) <= {"jupyter", "lines_to_next_cell", "tags"}, cell.source
+        assert set(cell.metadata) <= {"alt", "jupyter", "lines_to_next_cell", "tags"}, cell.source
     written = script.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert written == nbformat.writes(book) + "\n"
 
@@ -118,6 +119,58 @@ def test_chapter_has_its_parts(script):
 
 
 HIDDEN = {"source_hidden": True}
+mended = pytest.mark.parametrize("script", SCRIPTS[:3], ids=lambda script: script.stem)
+
+
+@mended
+def test_what_is_asserted_is_shown_in_the_same_cell(script):
+    for cell in code_cells(script):
+        asserts = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(cell.source)))
+        if asserts and not cell.source.startswith("# Solution"):
+            assert cell.outputs, cell.source
+
+
+@mended
+def test_every_figure_has_an_alternative_text(script):
+    for cell in code_cells(script):
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            assert 60 <= len(cell.metadata.get("alt", "")) <= 400, cell.source
+        else:
+            assert "alt" not in cell.metadata, cell.source
+
+
+@mended
+def test_a_solution_is_folded_with_all_it_tells_and_has_an_answer_in_words(script):
+    cells = notebook(script).cells
+    first = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))
+    solutions = [i for i, cell in enumerate(cells) if cell.source.startswith("# Solution")]
+    assert len(solutions) >= 3
+    for number, place in enumerate(solutions, start=1):
+        asked, attempt, solution, answer = cells[place - 2 : place + 2]
+        assert place > first
+        assert f"**{number}.** " in asked.source
+        assert attempt.source == "# Your attempt"
+        assert solution.source.startswith(f"# Solution {number}\n")
+        assert "assert" in solution.source
+        assert solution.metadata.jupyter == HIDDEN
+        assert "hide-input" in solution.metadata.tags
+        assert not solution.outputs, solution.source
+        assert FOLDED.fullmatch(answer.source), answer.source
+
+
+FOLDED = re.compile(r"<details><summary>Answer( \d+)?</summary>\n\n.{40,}\n\n</details>", re.DOTALL)
+
+
+@mended
+def test_five_questions_to_check_oneself_each_with_a_folded_answer(script):
+    texts = [cell.source for cell in notebook(script).cells if cell.cell_type == "markdown"]
+    first = next(i for i, text in enumerate(texts) if text.startswith("## Check yourself"))
+    assert texts[first + 6].startswith("## Summary")
+    for number, text in enumerate(texts[first + 1 : first + 6], start=1):
+        question, answer = text.split("\n\n<details>")
+        assert question.startswith(f"**{number}.** ")
+        assert FOLDED.fullmatch("<details>" + answer), text
+    assert len(re.findall(r"^- ", texts[first + 6], re.MULTILINE)) <= 5
 
 
 @pytest.mark.parametrize("page", [*SCRIPTS, ROOT / "README.md"], ids=lambda page: page.name)
