@@ -18,7 +18,7 @@
 # # 8 · Image retrieval: the same emoji by another hand
 #
 # Ten digits can be classified without any metric learning. Its point is classes that were *not there* in training, and for that it needs many classes to
-# learn from. Here eight designers have drawn one list of emoji. A network learns from 827 of them what stays the same when another hand draws a
+# learn from. Here one list of emoji has been drawn eight times. A network learns from 827 of them what stays the same when another hand draws a
 # thing, and is asked about 350 that it has never seen. Then an index searches a million.
 #
 # - **You will learn** to measure retrieval on unseen classes, against rivals that cost less; what makes drawings differ and how to say so by
@@ -41,6 +41,8 @@ import torch.nn.functional as F
 from matplotlib.ticker import PercentFormatter
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.pipeline import make_pipeline
 from torch import nn
 
 from tripletlib import (
@@ -73,21 +75,22 @@ from tripletlib.plotting import (
 )
 
 use_theme()
-plt.rcParams["figure.dpi"] = 80  # there are many pictures, and the page should stay small
+plt.rcParams["figure.dpi"] = 76  # there are many pictures, and the page should stay small
 
 # %% [markdown]
-# ## Eight designers, one list
+# ## Eight sets, one list
 #
-# The Unicode consortium says which emoji there are, not what they look like. Each studio draws its own. Here are eight sets, five to eight drawings of each of 1 177
-# emoji, in 32 × 32 pixels on white. One emoji is one *class*.
+# The Unicode consortium says which emoji there are, not what they look like. Each studio draws its own. Here are eight sets by six studios (two have a second, older set), five to eight drawings of each of 1 177
+# emoji, in 32 × 32 pixels on white. One emoji is one *class*, and who drew a set is called its *designer* here.
 
 # %%
 train, test = load_emoji("train"), load_emoji("test")
+seen = train.labels.unique(return_inverse=True)[1]  # the training classes, 0 to 826
 for split, part in {"train": train, "test": test}.items():
     print(f"{split:5} {len(part.images):5,} drawings of {len(part.labels.unique())} emoji")
 
 
-# %%
+# %% alt="Five emoji, alarm clock, ice cream, bear, old key and snowboarder, one a row, each drawn in eight sets, one a column. Colours, outlines and postures differ; the thing stays the same."
 def drawings(split, *names):
     """All drawings of the emoji of these names."""
     return torch.cat([torch.nonzero(split.labels == split.names.index(name)) for name in names])[
@@ -110,7 +113,7 @@ for ax, name in zip(figure.axes[::8], EXAMPLES, strict=True):
 #
 # So the 350 test emoji must be truly new. It is not enough that their *names* are: the clock at one is nearly the clock at two, the man who juggles nearly the woman
 # who does. `load_emoji` puts such near twins into one **family** and never divides a family. Of the families in alphabetical order, the fourth, fifth and
-# sixth of every ten are for testing.
+# sixth of every ten are for testing. Families go by name only, and a dozen twins with unlike names slip through: "womens room" is for testing, "mens room" for training.
 
 # %%
 sizes = pd.Series(train.families).value_counts()
@@ -124,7 +127,7 @@ assert families[0].isdisjoint(families[1])
 #
 # Take four drawings of each of three emoji, and let each search among the eleven others. Distances between raw pixels will do for now.
 
-# %%
+# %% alt="A mushroom, an anchor and a snail, one a row, each followed by eleven other drawings, nearest by pixels first, hits framed in blue and misses in orange. Hits and misses alternate."
 few = drawings(test, "mushroom", "anchor", "snail").view(3, -1)[:, [0, 2, 4, 6]].flatten()
 points, kinds = test.images[few].flatten(1), test.labels[few]
 distances = torch.cdist(points, points).fill_diagonal_(torch.inf)
@@ -164,7 +167,8 @@ for (name, value), again in zip(by_hand.items(), by_library, strict=True):
 # ## What costs nothing
 #
 # A number alone says little: what would cost less? **Pixels**, counted from white so that empty paper is zero. **PCA** (*principal component analysis*): the 64 directions in which the *training* drawings vary
-# most. And the network that we are about to train, **untrained**, with random weights. All are scaled to length one, because then a pale drawing and a bold one of the same shape lie
+# most, as they are or **whitened**, each scaled to variance one. The network that we are about to train, **untrained**, with random weights. And **LDA** (*linear discriminant analysis*), which is given the training classes:
+# the linear map that spreads their means most while it keeps each class together. It is metric learning with a matrix, as in chapter [6](06_three_ways.ipynb), and done in seconds. All are scaled to length one, because then a pale drawing and a bold one of the same shape lie
 # close; without that, pixels and PCA do worse.
 
 
@@ -174,16 +178,28 @@ def from_white(images):
     return (images.amax() - images).flatten(1)
 
 
+def mapped(model, images):
+    """Images after a linear map."""
+    return torch.from_numpy(model.transform(images.flatten(1).numpy())).float()
+
+
+def fitted(model):
+    """The model, fitted to the training drawings and their classes."""
+    return model.fit(train.images.flatten(1).numpy(), seen.numpy())
+
+
 torch.manual_seed(0)
 untrained = ResidualNet()
-pca = PCA(64, random_state=0).fit(train.images.flatten(1).numpy())
-components = torch.from_numpy(pca.transform(test.images.flatten(1).numpy()))
-spaces = {
-    "pixels": F.normalize(from_white(test.images)),
-    "PCA": F.normalize(components),
+pca = fitted(PCA(64, random_state=0))
+whitened = fitted(PCA(64, whiten=True, random_state=0))
+discriminant = LinearDiscriminantAnalysis(solver="eigen", shrinkage=0.1, n_components=64)
+lda = fitted(make_pipeline(PCA(128, random_state=0), discriminant))
+without = {"pixels": from_white(test.images), "PCA": mapped(pca, test.images)}
+spaces = {name: F.normalize(points) for name, points in without.items()} | {
+    "PCA, whitened": F.normalize(mapped(whitened, test.images)),
     "untrained": embed(untrained, test.images),
+    "LDA": F.normalize(mapped(lda, test.images)),
 }
-without = {"pixels": from_white(test.images), "PCA": components}
 for name, points in without.items():
     both = [float(mean_average_precision_at_r(x, test.labels)) for x in (points, spaces[name])]
     print(f"{name:6} MAP@R {both[0]:.1%} as it is, {both[1]:.1%} at length one")
@@ -229,7 +245,8 @@ assert abs(again - scores["PCA"]["MAP@R"].mean()) < 1e-4
 
 # %% [markdown]
 # Of 2 449 others some six are right, so that chance would hit once in four hundred. Pixels find a counterpart first in more than a third of the cases, because the same thing is often drawn in the
-# same place. PCA is the best of the three, and the one to beat. The untrained network is no worse than pixels: convolutions with random weights keep shapes and colours.
+# same place. (26 pairs are even the same to the last pixel: the letters A to Z of "noto" and "noto-v1".) PCA and the untrained network do little better, and between these three another seed of the random weights decides.
+# The ones to beat are whitened PCA among what needs no training, and LDA, a matrix fitted to the training classes.
 #
 # ## Which differences do not matter?
 #
@@ -238,7 +255,7 @@ assert abs(again - scores["PCA"]["MAP@R"].mean()) < 1e-4
 # each bolder or fainter; white stays white.
 
 
-# %%
+# %% alt="A bear, a sundae and a key, one a row: first as drawn, then seven versions that are turned, stretched, moved, recoloured, greyed, paler or bolder. All are still recognised."
 def redraw(images):
     return jitter_colours(jitter(images))
 
@@ -247,11 +264,13 @@ torch.manual_seed(1)
 some = drawings(train, "bear", "ice cream", "old key")[[7, 15, 22]]
 changed = torch.cat([redraw(train.images[[int(i)] * 8]) for i in some])
 changed[::8] = train.images[some]
+low, high = (of(train.images, dim=(0, 2, 3))[:, None, None] for of in (torch.amin, torch.amax))
+changed = changed.clamp(low, high)  # as paper and ink allow
 figure = show_images(changed, (["as drawn"] + ["changed"] * 7 + [""] * 16), columns=8)
 
 # %% [markdown]
 # In the first column are drawings of the training set, beside them seven changed versions of each. They are still the bear, the sundae and the key. What must *not* be changed is what tells
-# classes apart: mirrored, a left arrow is a right one. (This *augmentation* was chosen on emoji held back from the training set, like network, loss, margin and batches below. The epochs are what five minutes allow.)
+# classes apart: mirrored, a left arrow is a right one. At the edges `jitter` repeats the border's pixels, which makes the streaks. (This *augmentation* was chosen on emoji held back from the training set, like network, loss, margin and batches below. The number of epochs is what five minutes allow; while that was settled the test emoji were seen after 7, 8 and 12.)
 #
 # ## Training on many classes
 #
@@ -260,22 +279,45 @@ figure = show_images(changed, (["as drawn"] + ["changed"] * 7 + [""] * 16), colu
 # hardest negatives of all, nearer than the positive, let training collapse here, as in chapter 4.
 #
 # The network is a new one. `EmbeddingNet` ends in a linear layer that keeps what tells the *training* classes apart, and new classes may need what it drops. `ResidualNet` ends in its convolutions, 768 numbers of
-# them, and some of its convolutions *add* to their input instead of replacing it (a *residual* connection), so that what came before is not lost.
+# them, and some of its convolutions *add* to their input instead of replacing it (a *residual* connection), so that what came before is not lost. (What each choice brings is in a table below.)
 
-# %%
-seen = train.labels.unique(return_inverse=True)[1]  # 0 to 826
+# %% tags=["nbval-ignore-output"]
 network, _ = load_or_fit(
     ResidualNet,
     train.images,
     seen,
-    loss=TripletLoss(margin=0.2, mining="semihard"),
+    loss=TripletLoss(margin=0.1, mining="semihard"),
     epochs=12,
     batch_sampler=BalancedBatchSampler(seen, classes_per_batch=32, images_per_class=6),
     augment=redraw,
     seed=0,
     progress=False,
 )
-spaces["triplets"] = embed(network, test.images)
+spaces["one look"] = embed(network, test.images)
+scores["one look"] = measure(hits_of(spaces["one look"]))
+print(f"MAP@R {scores['one look']['MAP@R'].mean():.1%}")
+
+# %% [markdown]
+# One look at a drawing leaves some chance in its embedding. The changes that taught the network which differences do not matter can be used once more: embed each drawing and eight changed versions of it, and take the mean, scaled to length one (*test-time augmentation*). It costs
+# nine times the time of a query, and no training. From here on "triplets" means that.
+
+
+# %% tags=["nbval-ignore-output"]
+def look_often(embed_all, images, looks=8):
+    """Mean of the embeddings of each image and of some changed versions, at length one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        total = embed_all(images)
+        for _ in range(looks):
+            total = total + embed_all(redraw(images))
+    return F.normalize(total)
+
+
+spaces["triplets"] = look_often(lambda images: embed(network, images), test.images)
+often = measure(hits_of(look_often(lambda images: F.normalize(mapped(lda, images)), test.images)))
+print(
+    f"LDA: {scores['LDA']['MAP@R'].mean():.1%} with one look, {often['MAP@R'].mean():.1%} with nine"
+)
 scores["triplets"] = measure(hits_of(spaces["triplets"]))
 table = pd.DataFrame({name: 100 * of.mean() for name, of in scores.items()}).T
 
@@ -283,20 +325,23 @@ table = pd.DataFrame({name: 100 * of.mean() for name, of in scores.items()}).T
 table.round(1)
 
 # %% [markdown]
-# PCA is the best of what costs nothing. The network, which has never seen one of these emoji, finds a counterpart first for 66 % of the drawings instead of 40 %, and its MAP@R, 40 %, is 2.4 times PCA's. That is what two
-# minutes of training on *other* classes bring.
+# The network, which has never seen one of these emoji, finds a counterpart first for 67 % of the drawings instead of 46 % (LDA) or 42 % (whitened PCA), and its MAP@R, 41 %, is 1.9 times that of LDA and 2.2 times that of the best that needs no training. That is what two
+# minutes of training on *other* classes bring. Eight more looks give it one of its 41 points. LDA loses four of its 21 by them, because nothing has taught it to ignore the changes.
 
-# %%
-ratio = table["MAP@R"]["triplets"] / table["MAP@R"].drop("triplets").max()
-assert ratio > 2.1
-assert table["Recall@1"]["triplets"] > table["Recall@1"]["PCA"] + 20
+# %% tags=["nbval-ignore-output"]
+for rival in ("PCA", "PCA, whitened", "untrained", "LDA"):
+    print(f"MAP@R {table['MAP@R']['triplets'] / table['MAP@R'][rival]:.2f} times that of {rival}")
+of_rivals = table.drop(["triplets", "one look"]).max()
+assert table["MAP@R"]["triplets"] > 1.7 * of_rivals["MAP@R"]
+assert table["Recall@1"]["triplets"] > of_rivals["Recall@1"] + 15
+assert table["MAP@R"]["triplets"] > table["MAP@R"]["one look"]
 
 # %% [markdown]
 # How sure is that? The drawings of an emoji are found or missed together: they are no 2 450 independent trials. So take the mean over each *class*, subtract for two methods on the same class
 # (*paired*), and draw the 350 classes anew, with replacement, a thousand times (a *bootstrap* over classes).
 
 
-# %%
+# %% alt="Differences in MAP@R between triplets and each rival, with 95 % intervals over classes: some 20 percentage points on LDA, 22 to 25 on the others; a point on one look. All intervals lie above zero."
 def per_class(of, column="MAP@R"):
     return of[column].groupby(test.labels.numpy()).mean().to_numpy()
 
@@ -310,20 +355,24 @@ def plot_gains(scores, title, reference="triplets"):
         ax.plot([gain.low, gain.high], [place, place], color=color, linewidth=3)
         ax.plot(gain, place, "o", color=color)
         ax.annotate(
-            f"{100 * gain:+.1f}", (gain, place), (0, 6), textcoords="offset points", ha="center"
+            f"{100 * gain:+.1f}".replace("-", "−"),
+            (gain, place),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
         )
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(others)), [f"triplets − {name}" for name in others])
     ax.set(
         title=title,
-        xlabel="difference, 95 % over classes",
+        xlabel="gain in MAP@R, percentage points (95 % over classes)",
     )
-    ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}")
     ax.margins(y=0.15)
     plt.show()
 
 
-plot_gains(scores, "What triplets gain in MAP@R on the same 350 emoji")
+plot_gains(scores, "Triplets gain on each rival, paired over the 350 emoji")
 
 # %% [markdown]
 # ## One studio asks the others
@@ -350,7 +399,7 @@ between = np.array(
 )
 to_all = {name: [recall_from(spaces[name], asks) for asks in eight] for name in ("PCA", "triplets")}
 
-# %%
+# %% alt="Left, a table of how often the first answer is right for each pair of asking and answering sets, from 38 to 77 %; openmoji's row and column are the lowest. Right, for each set Recall@1 against all others: triplets lie 20 to 40 points right of PCA everywhere."
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), width_ratios=[1.35, 1])
 names = [name.removesuffix("-emoji-flat") for name in EMOJI_DESIGNERS]
 sns.heatmap(
@@ -359,19 +408,22 @@ sns.heatmap(
 )  # fmt: skip
 left.set(title="First answer right: who asks, who answers", xlabel="gallery", ylabel="queries")
 left.tick_params(axis="x", rotation=40)
-for name, color, side in (("PCA", PALETTE[7], "right"), ("triplets", SAME, "left")):
-    right.plot(to_all[name], eight, "o", color=color)
+right.hlines(eight, to_all["PCA"], to_all["triplets"], color="lightgrey", zorder=0)
+for name, color, marker in (("PCA", PALETTE[7], "s"), ("triplets", SAME, "o")):
+    right.plot(to_all[name], eight, marker, color=color)
     right.annotate(
-        name, (to_all[name][0], 0), (0, 8), textcoords="offset points", ha=side, color=color
+        name, (to_all[name][0], 0), (0, 8), textcoords="offset points", ha="center", color=color
     )
-right.set(title="One asks the seven others", xlabel="Recall@1", ylim=(7.5, -0.8))
+right.set(
+    title="Every set gains when it asks the seven others", xlabel="Recall@1", ylim=(7.5, -1.1)
+)
 right.set_yticks(eight, names)
 right.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# A row asks, a column answers. Sets drawn in one spirit understand each other: "noto" and "fluent" find each other's emoji in more than 70 % of the cases, "noto" and its older design "noto-v1" in 66 %. "openmoji", black outlines with little
-# colour, is the hardest to ask and to answer. On the right all seven sets are searched at once, and every designer gains, "openmoji" most: from 22 to 61 %.
+# A row asks, a column answers. Sets drawn in one spirit understand each other: "noto" and "fluent" find each other's emoji in about three of four cases, "noto" and its older design "noto-v1" in 65 %. "openmoji", black outlines with little
+# colour, is the hardest to ask and to answer. On the right all seven other sets are searched at once, and every set gains, "openmoji" most: from 21 to 61 %. With 77 % on average this is easier than the search above (67 %), because the query's own set, whose other emoji look alike by style, is out of the gallery.
 
 # %% tags=["nbval-ignore-output"]
 gains = np.array(to_all["triplets"]) - np.array(to_all["PCA"])
@@ -384,7 +436,7 @@ assert gains.min() > 0.1
 # Numbers hide what they count. First drawings that PCA answers wrongly and triplets answer with nothing but hits, one of each group of emoji. The first row of each pair is PCA's answer, the second that of the triplets.
 
 
-# %% tags=["nbval-ignore-output"]
+# %% alt="Five drawings, each with its seven nearest by PCA, all wrong, and by triplets, right first: a fishing pole, a bikini, a couple with heart, a heart exclamation and a double exclamation mark, found in other colours." tags=["nbval-ignore-output"]
 nearest = {name: nearest_others(spaces[name]) for name in ("PCA", "triplets")}
 
 
@@ -397,8 +449,13 @@ def show_answers(queries, methods):
         for row in shown
         for place, drawn in enumerate(row)
     ]
+    marks = {"black": "", SAME: "✓", DIFFERENT: "✗"}
     figure = show_images(
-        test.images[torch.tensor(shown).flatten()], columns=8, colors=frames, size=0.75
+        test.images[torch.tensor(shown).flatten()],
+        [marks[frame] for frame in frames],
+        columns=8,
+        colors=frames,
+        size=0.75,
     )
     figure.set_figwidth(8)
     for ax, (query, name) in zip(figure.axes[::8], rows, strict=True):
@@ -408,21 +465,25 @@ def show_answers(queries, methods):
 
 at_r = {name: torch.tensor(scores[name]["MAP@R"].to_list()) for name in nearest}
 better = torch.nonzero((at_r["triplets"] == 1) & (at_r["PCA"] == 0))[:, 0]
+reverse = int(((at_r["triplets"] == 0) & (at_r["PCA"] == 1)).sum())
 groups = [test.groups[test.labels[query]] for query in better]
 firsts = better[[groups.index(group) for group in sorted(set(groups))]][:5]
-print(
-    f"{len(better)} of {len(test.labels):,} drawings: PCA finds none, triplets find all, and first"
-)
+print(f"PCA finds none, triplets find all, and first: {len(better)}; the reverse: {reverse}")
+right = {name: scores[name]["Recall@1"] == 1 for name in nearest}
+only = [int((right[a] & ~right[b]).sum()) for a, b in (("triplets", "PCA"), ("PCA", "triplets"))]
+print(f"first answer right with triplets only: {only[0]}; with PCA only: {only[1]}")
+assert only[0] > 4 * only[1]
 show_answers(firsts, ("PCA", "triplets"))
 
 # %% [markdown]
-# PCA compares ink and colour place by place. To the line and the fish it answers with a magnifying glass and scooters, thin things in the same places; to the pale shirt with pale whirls and a diamond; to a couple in yellow with whatever is yellow; to
-# blue exclamation marks with *letters* of the same blue. The network returns fishing poles with other fish, shirts of every green and blue, two heads under a heart, exclamation marks in red. Where its hits end, it returns what has the same
-# build: a pin after the heart with a dot below.
+# PCA compares ink and colour place by place. To the pale blue fish and to the exclamation marks it answers with *letters* of the same blue, to the bikini with a cross and diamonds, to a couple with whatever is as yellow. The network returns fishing poles with other fish, bikinis of every colour, two heads under a heart, exclamation marks in red.
+# Where its hits end, some have the same build (pins and triangles after the heart above a dot), others nothing in common that one sees (a club after the couples), because some drawing is always the next nearest.
 #
-# Now the other side: one drawing of each group for which triplets find *nothing*.
+# These are examples of an extreme: 23 of 2 450 drawings, and none where it is the other way round. Over all drawings triplets alone answer first with a hit 764 times, PCA alone 96 times.
+#
+# Now the other side: one drawing of each group for which triplets find *nothing* within the first R places.
 
-# %% tags=["nbval-ignore-output"]
+# %% alt="Eight drawings for which triplets find nothing, one a row, with their seven nearest: a square diamond among orange ones, a rose among faces, a taco among hands, a skier among other yellow figures, a number key among keys." tags=["nbval-ignore-output"]
 worst = torch.nonzero(at_r["triplets"] == 0)[:, 0]
 print(
     f"{len(worst)} of {len(test.labels):,} drawings: triplets find none; PCA {int((at_r['PCA'] == 0).sum()):,}"
@@ -430,11 +491,27 @@ print(
 groups = [test.groups[test.labels[query]] for query in worst]
 show_answers(worst[[groups.index(group) for group in sorted(set(groups))]], ("triplets",))
 
-# %% [markdown]
-# Some of these could not be known: the red diamond of the card suit differs from the orange diamonds by its colour, which the training was told to ignore. Some are drawn unlike the others of their class: an orange rose among red ones is taken for round reddish faces, a yellow taco for yellow hands.
-# "openmoji"'s skier, yellow with black outlines, finds *other things with black outlines* first: the hand of the designer outweighs the thing. And the number sign finds mostly the other keys of *its own* keyboard, grey on grey. What the network was never shown to ignore, it does not ignore.
 
-# %% tags=["nbval-ignore-output"]
+def by_the_same_hand(name):
+    """Of the wrong answers among the seven nearest: how many are by the query's designer."""
+    wrong = test.labels[nearest[name]] != test.labels[:, None]
+    same_hand = test.designers[nearest[name]] == test.designers[:, None]
+    return float(same_hand[wrong].float().mean())
+
+
+hands = {name: by_the_same_hand(name) for name in nearest}
+chance = float((test.designers.bincount() / len(test.labels)).square().sum())
+print("wrong answers by the query's own designer:", {n: f"{h:.0%}" for n, h in hands.items()})
+print(f"by chance: {chance:.0%}")
+assert chance < hands["triplets"] < hands["PCA"]
+
+# %% [markdown]
+# Most of these drawings differ from their class in what counts. The diamond of the card suit is drawn as a square here, as the orange and blue diamonds are, where the others of its class are taller. The rose is a bloom without a stem and is taken for round faces, the taco for something with fingers. "openmoji"'s skier finds *other yellow figures with black outlines*, and the number sign the
+# other keys of *its own* keyboard. (The telephone and the stopwatch have a hit in sight, but behind their R-th place.)
+#
+# The skier and the key are of a kind: 29 % of the wrong answers are by the query's own designer, who drew 13 % of the gallery. Under PCA it is 42 %. Training has weakened the designer's hand, not removed it.
+
+# %% alt="MAP@R of eight groups of emoji under PCA (10 to 23 %) and under triplets (31 to 49 %): every group gains, People and Body ends highest, Animals and Nature lowest." tags=["nbval-ignore-output"]
 by_group = pd.DataFrame(
     {
         name: scores[name]["MAP@R"].groupby([test.groups[i] for i in test.labels]).mean()
@@ -443,17 +520,17 @@ by_group = pd.DataFrame(
 ).sort_values("triplets")
 figure, ax = plt.subplots(figsize=(8, 3.6))
 ax.hlines(by_group.index, by_group["PCA"], by_group["triplets"], color="lightgrey", zorder=0)
-for name, color in (("PCA", PALETTE[7]), ("triplets", SAME)):
-    ax.plot(by_group[name], by_group.index, "o", color=color)
+for name, color, marker in (("PCA", PALETTE[7], "s"), ("triplets", SAME, "o")):
+    ax.plot(by_group[name], by_group.index, marker, color=color)
     top = by_group[name].iloc[-1], len(by_group) - 1
     ax.annotate(name, top, (0, 8), textcoords="offset points", ha="center", color=color)
-ax.set(title="Every group gains; animals end lowest", xlabel="MAP@R")
-ax.set_ylim(-0.5, len(by_group) - 0.3)
+ax.set(title="Every group gains", xlabel="MAP@R (mean over its drawings)")
+ax.set_ylim(-0.5, len(by_group) - 0.1)
+ax.margins(x=0.1)
 ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
-print(
-    f"gains of {by_group.diff(axis=1)['triplets'].min():.0%} to {by_group.diff(axis=1)['triplets'].max():.0%}"
-)
+gains = 100 * by_group.diff(axis=1)["triplets"]
+print(f"gains of {gains.min():.0f} to {gains.max():.0f} percentage points")
 assert by_group.diff(axis=1)["triplets"].min() > 0.08
 
 # %% [markdown]
@@ -467,10 +544,13 @@ assert by_group.diff(axis=1)["triplets"].min() > 0.08
 small_train, small_test = (F.avg_pool2d(part.images, 2) for part in (train, test))
 
 
-def train_small(classes, loss=None, looks=12_000):
+nth = (seen[:, None] == seen).tril(-1).sum(dim=1)  # the how-manieth drawing of its class
+
+
+def train_small(classes, loss=None, each=8, looks=12_000):
     """Test embeddings of a network that looked so often at drawings, and how many drawings."""
     chosen = torch.randperm(827, generator=torch.Generator().manual_seed(0))[:classes]
-    places = torch.nonzero(torch.isin(seen, chosen))[:, 0]
+    places = torch.nonzero(torch.isin(seen, chosen) & (nth < each))[:, 0]
     P = min(32, classes)
     batches = BalancedBatchSampler(seen[places], P, 192 // P)
     net, _ = load_or_fit(
@@ -487,19 +567,26 @@ def train_small(classes, loss=None, looks=12_000):
 
 
 by_number = {classes: train_small(classes) for classes in (5, 20, 80, 320, 827)}
+two_each, drawn_two = train_small(80, each=2)
 torch.manual_seed(0)
 fresh = embed(ResidualNet(), small_test)
 values = [mean_average_precision_at_r(points, test.labels) for points, _ in by_number.values()]
+value_two = mean_average_precision_at_r(two_each, test.labels)
 nothing = mean_average_precision_at_r(fresh, test.labels)
 
 # %% tags=["nbval-ignore-output"]
 for (classes, (_, drawn)), value in zip(by_number.items(), values, strict=True):
     print(f"{classes:3} classes, {drawn:5,} drawings: MAP@R {value:.1%}")
+print(f" 80 classes, {drawn_two:5,} drawings: MAP@R {value_two:.1%} (two of each)")
 print(f"untrained, at this size: {nothing:.1%}")
 
-# %%
+# %% alt="MAP@R on new emoji against the number of training classes: below the untrained line with 5, at it with 20, rising to 20 % with 827. A diamond for 80 classes with two drawings each stands beside the curve."
 figure, ax = plt.subplots(figsize=(8, 3.6))
 ax.plot(list(by_number), values, "o-", color=SAME)
+ax.plot(80, value_two, "D", color=PALETTE[1])
+ax.annotate(
+    "two drawings of each", (80, value_two), (8, -4), textcoords="offset points", color=PALETTE[1]
+)
 ax.axhline(nothing, color="grey", linestyle=":")
 ax.annotate(
     "untrained", (827, nothing), (0, -14), textcoords="offset points", color="grey", ha="right"
@@ -512,13 +599,18 @@ ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# Five classes are worse than none: the network learns what tells *those* five apart, forgets the rest, and falls from the untrained 16.6 to 12.6 %. Twenty bring it back to where it began. From eighty classes on it has learnt
-# something that holds for others, too, and more classes bring more, if ever less each. All this at the same number of looks.
+# Five classes are worse than none: the network learns what tells *those* five apart, forgets the rest, and falls from the untrained 16.6 to 12.6 %. With twenty it is about where it began. From eighty on it has learnt something that holds for others: 19 to 20 %. (One choice of classes and one seed each: the last steps are too small to read.)
+#
+# More classes are also more drawings. The diamond tells the two apart: 160 drawings, two each of 80 classes, bring no more than 131 drawings of 20 classes. What must *not* matter is learnt from pairs of one class, and two drawings make one pair where seven make 21. So both count, many classes *and* several drawings of each.
 
-# %%
+# %% tags=["nbval-ignore-output"]
+print(
+    f"less than untrained: {nothing - values[0]:.1%} with 5 classes; more: {values[-1] - nothing:.1%} with 827"
+)
 assert values[0] < min(values[1], nothing) - 0.01  # five classes: worse than none
 assert abs(values[1] - nothing) < 0.02  # twenty: where it began
-assert nothing < max(values[-2:])
+assert nothing + 0.01 < min(values[2:])
+assert abs(value_two - values[1]) < 0.02  # as many drawings, four times as many classes
 
 # %% [markdown]
 # ## Is it the loss?
@@ -547,8 +639,8 @@ small = {
 }
 with torch.no_grad():
     small["classifier, outputs"] = F.normalize(classify.head(small["classifier, layer before"]))
-small["pixels"] = F.normalize(from_white(small_test))
 small["untrained"] = fresh
+small["PCA"] = spaces["PCA"]  # of the full-size drawings, which helps it
 scores_small = {name: measure(hits_of(points)) for name, points in small.items()}
 
 # %% [markdown]
@@ -557,22 +649,30 @@ scores_small = {name: measure(hits_of(points)) for name, points in small.items()
 # %% tags=["nbval-ignore-output"]
 (100 * pd.DataFrame({name: of.mean() for name, of in scores_small.items()}).T).round(1)
 
-# %%
+# %% alt="Differences in MAP@R between triplets and each rival at half size, with 95 % intervals over classes: zero within the interval for the contrastive loss, 16 to 17 points for the classifier, 3 to 4 for PCA and the untrained network."
 assert (
     abs(per_class(scores_small["triplets"]).mean() - per_class(scores_small["contrastive"]).mean())
     < 0.02
 )
-plot_gains(scores_small, "Half size: what triplets gain in MAP@R on the same 350 emoji")
+plot_gains(scores_small, "Half size: contrastive alike, the classifier far behind")
 
 # %% [markdown]
-# Triplets and contrastive loss cannot be told apart here: the interval of their difference holds zero. The classifier is far behind, even behind the network that was not trained: 12 000 looks, fourteen at each class, are too few to learn 827 outputs, while triplets learn
-# from every pair. That says nothing about longer training; `tests/benchmarks/emoji.py` compares the losses at full size and length, over seeds and divisions.
+# Triplets and contrastive loss cannot be told apart here: the interval of their difference holds zero. The classifier is far behind, even behind the network that was not trained: after 12 000 looks, fourteen at each class, its 827 outputs have hardly begun to learn, while triplets learn
+# from every pair.
+#
+# At full size and length it looks otherwise. So were the choices made: families of the *training* emoji were divided into three, each third held back once (`python tests/benchmarks/emoji.py`). With one seed, one look, means over the three thirds:
+#
+# | | MAP@R | Recall@1 | EER | TAR at FAR 1 % |
+# | --- | --- | --- | --- | --- |
+# | semi-hard triplets, margin 0.1 (the recipe) | 38.8 % | 63.6 % | 11.0 % | 60.1 % |
+# | contrastive loss, margin 0.5 | 36.6 % | 62.3 % | 11.5 % | 57.3 % |
+# | classifier, layer before the last | 26.0 % | 49.5 % | 17.6 % | 40.7 % |
 
 # %% [markdown]
 # ## When it goes wrong: five classes
 #
 # Do many images make up for few classes? Fashion-MNIST has 10 000 photographs of products, a thousand of each of ten kinds. Five kinds are nearly as many images to learn from as here. Train on five, search among the
-# five others, as above; four such divisions, fixed beforehand: the first five kinds, the other way round, a random half, the other way round.
+# five others, as above; four such divisions, fixed beforehand: the first five kinds, the other way round, a random half, the other way round. (With `EmbeddingNet` and the loss of chapter 4, one epoch: a second or two each.)
 
 # %%
 products, kinds = load_fashion_mnist("test")
@@ -609,11 +709,13 @@ failure.loc["mean"] = failure.mean()
 (100 * failure).round(1)
 
 # %% [markdown]
-# On average the trained network does no better than pixels, PCA or random weights. Which five it learnt decides. Where they have relatives among the searched kinds, as in the random half, training helps; where clothes were learnt and shoes are
-# asked for, or the other way round, it harms. A thousand images of each kind do not help, because the loss asks only for what tells five kinds apart. If you have five kinds and want a search among others, do not train: take pixels, PCA or a network trained on many
-# classes elsewhere.
+# On average the trained network does no better than pixels, PCA or random weights: it helps in one division of four and harms in three. Relatives among the searched kinds do not decide: both random halves have them (coat and pullover, sneaker and boot), and only one gains.
+# A thousand images of each kind did not help here, because the loss asks only for what tells five kinds apart. If you have five kinds and want a search among others, start from pixels, PCA or a network trained on many
+# classes elsewhere, and look whether training beats them on kinds held back.
 
-# %%
+# %% tags=["nbval-ignore-output"]
+gain = 100 * (failure["triplets"] - failure["untrained"])
+print("MAP@R, triplets less untrained:", gain.round(1).to_dict())
 assert abs(failure.loc["mean", "triplets"] - failure.loc["mean", "pixels"]) < 0.05
 assert failure.loc["0 to 4", "triplets"] < failure.loc["0 to 4", "untrained"]
 assert failure.loc["a random half", "triplets"] > failure.loc["a random half", "untrained"]
@@ -637,7 +739,7 @@ torch.testing.assert_close(distances, right, atol=2e-3, rtol=0)
 # %% [markdown]
 # (Where two are equally far, to the last bit, the order may differ; distances may not.)
 #
-# Next year's emoji come in. They need no training and no new index: `add` appends them, and their rows count on. Then the index goes into a file: `save` writes it behind its SHA-256, first
+# Next year's emoji come in. They need no training and no new index: `add` appends them, and their rows count on. (The approximate kinds below keep the cells and centres that the first points gave them; when the new ones are of another sort, build anew.) Then the index goes into a file: `save` writes it behind its SHA-256, first
 # under a temporary name, so that a write that is killed leaves the old file; `load` checks that it is whole.
 
 # %%
@@ -667,7 +769,7 @@ assert torch.equal(rows[loaded.search(points[firsts], 8)[1]], found)
 # its nearest centre. A query then looks only into the few cells whose centres are nearest to it. By hand, on a plane:
 
 # %%
-everything = torch.cat([embed(network, train.images), points])
+everything = torch.cat([embed(network, train.images), spaces["one look"]])
 plane = torch.from_numpy(PCA(2, random_state=0).fit_transform(everything.numpy()))
 kmeans = KMeans(16, n_init=1, random_state=0).fit(plane)
 centres, cell = torch.from_numpy(kmeans.cluster_centers_), torch.from_numpy(kmeans.labels_).long()
@@ -695,39 +797,40 @@ assert found_share[16] > 0.999
 
 # %%
 most = torch.stack([cell[row].bincount(minlength=16).max() for row in truth])
-query, ten = plane[most.argmin()], truth[most.argmin()]
+query, ten = plane[most.argmin()], truth[most.argmin()]  # the one with most across a border
 inside = torch.isin(ten, search_cells(query, 1, k=30))
-low, high = plane.amin(dim=0), plane.amax(dim=0)
-x, y = (torch.linspace(float(low[i]), float(high[i]), 400) for i in (0, 1))
+reach = float((plane.amax(dim=0) - plane.amin(dim=0)).max()) / 10 * torch.tensor([1.6, 1.0])
+x, y = (torch.linspace(float(q - r), float(q + r), 400) for q, r in zip(query, reach, strict=True))
 grid = torch.cartesian_prod(x, y).to(plane.dtype)
-cells = torch.cdist(grid, centres.to(plane.dtype)).argmin(dim=1).view(400, 400).T
+to_centres = torch.cdist(grid, centres.to(plane.dtype)).T.reshape(16, 400, 400).transpose(1, 2)
 looked_into = (centres - query).norm(dim=1).argmin()
 
-# %%
+# %% alt="Points in the plane, divided by straight borders into cells around centres. The query lies at a border: the neighbours in its own shaded cell are found, those just across are marked as missed."
 figure, ax = plt.subplots(figsize=(8, 4.4))
-ax.contourf(x, y, cells == looked_into, levels=[0.5, 1.5], colors=[SAME], alpha=0.18)
-ax.contour(x, y, cells, levels=np.arange(16) + 0.5, colors="grey", linewidths=0.8)
+for number, mine in enumerate(to_centres):
+    nearer = to_centres[torch.arange(16) != number].amin(dim=0) - mine  # above zero in the cell
+    ax.contour(x, y, nearer, levels=[0], colors="grey", linewidths=0.8)
+    if number == looked_into:
+        ax.contourf(x, y, nearer, levels=[0, torch.inf], colors=[SAME], alpha=0.18)
 ax.scatter(*plane.T, s=4, color="grey", alpha=0.5, linewidths=0)
 ax.scatter(*centres.T, s=70, marker="P", color="white", edgecolor="black", label="centres")
 ax.scatter(*plane[ten[inside]].T, s=50, color=SAME, label="found in the nearest cell")
 ax.scatter(*plane[ten[~inside]].T, s=50, color=DIFFERENT, marker="X", label="missed")
 ax.scatter(*query, marker="*", s=180, color="black", label="query")
-reach = (high - low) / 9
-ax.set(
-    xlim=(query[0] - reach[0], query[0] + reach[0]), ylim=(query[1] - reach[1], query[1] + reach[1])
-)
+ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
 ax.set(title="IVF: neighbours across the border of the cell are missed", xticks=[], yticks=[])
+ax.set_aspect("equal")
 figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 plt.show()
 
 # %% [markdown]
-# The blue cell is the one looked into. The share of the true neighbours that is found is the recall of the *index*: which part of the truly nearest it finds. It is not Recall@k of the embeddings, which asks whether the nearest are of the
+# The star is the query, of 300, with the most neighbours across a border. The blue cell is the one looked into. The share of the true neighbours that is found is the recall of the *index*: which part of the truly nearest it finds. It is not Recall@k of the embeddings, which asks whether the nearest are of the
 # right class. An index can be perfect on useless embeddings.
 #
 # ## Walking a graph: HNSW
 #
-# The other idea is a graph (*hierarchical navigable small world*). Each point is linked to some of its neighbours. Every eighth point is also on a coarser layer, with longer links, and every eighth of those on a coarser one
-# still. A search starts on the coarsest layer, walks to whichever neighbour is nearer to the query until none is, and goes on from there on the next finer one.
+# The other idea is a graph (*hierarchical navigable small world*). Each point is linked to some of its neighbours. Some points, drawn at random, are also on a coarser layer, with longer links, and some of those on a coarser one
+# still (here one in eight goes up, in FAISS one in 32). A search starts on the coarsest layer, walks to whichever neighbour is nearer to the query until none is, and goes on from there on the next finer one.
 
 # %% tags=["nbval-ignore-output"]
 draw = torch.Generator().manual_seed(2)
@@ -767,13 +870,16 @@ others = plane[~torch.isin(plane[:, 0], some[:, 0])][:200]
 walks = [descend(query) for query in others]
 ends = torch.tensor([paths[-1][-1] for paths in walks])
 right = ends == torch.cdist(others, some).argmin(dim=1)
-looked_at = [sum(len(g[p]) for g, path in zip(graphs, w, strict=True) for p in path) for w in walks]
+looked_at = [
+    len({other for g, path in zip(graphs, w, strict=True) for p in path for other in g[p]})
+    for w in walks
+]
 print(f"the walk ends at the nearest of {len(some)} points for {int(right.sum())} of 200 queries")
 print(f"and looks at {np.mean(looked_at):.0f} of them on average")
 longest = max(torch.nonzero(right)[:, 0].tolist(), key=lambda i: sum(map(len, walks[i])))
 query, paths = others[longest], walks[longest]
 
-# %%
+# %% alt="The same plane with 4, 32 and 256 linked points: a walk enters on the coarsest layer and ends, in ever shorter steps, beside the query on the finest."
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharex=True, sharey=True)
 for ax, layer, path, name in zip(
     axes, layers, paths, ("coarsest", "middle", "all points"), strict=True
@@ -784,7 +890,7 @@ for ax, layer, path, name in zip(
     ax.scatter(*some[layer].T, s=10, color="grey")
     ax.plot(*some[path].T, "o-", color=SAME, markersize=6, linewidth=2.5)
     ax.scatter(*query, marker="*", s=180, color="black")
-    ax.set(title=f"{name}: {len(layer)} points, {len(path) - 1} steps", xticks=[], yticks=[])
+    ax.set(title=f"{name}: {len(layer)} points, steps: {len(path) - 1}", xticks=[], yticks=[])
 figure.suptitle(
     "HNSW: a few long steps, then short ones, towards the query (star)", fontweight="bold"
 )
@@ -825,9 +931,14 @@ print(f"{len(real):,} real points grown to {len(large):,}")
 
 # %%
 def time_search(index, queries, **options):
-    start = time.perf_counter()
+    """What is found, and the milliseconds a query: the best of three, after one to warm up."""
     _, found = index.search(queries, 10, **options)
-    return found, (time.perf_counter() - start) / len(queries) * 1e3
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        index.search(queries, 10, **options)
+        seconds.append(time.perf_counter() - start)
+    return found, min(seconds) / len(queries) * 1e3
 
 
 def recall(found, right):
@@ -853,14 +964,12 @@ for kind, efforts in (("hnsw", (10, 16, 32, 64, 128, 256)), ("ivf", (1, 2, 4, 8,
 # %% tags=["nbval-ignore-output"]
 for kind, curve in curves.items():
     print(kind, *(f"{effort}: {share:.1%}" for effort, _, share in curve), sep="  ")
-
-# %%
 shares = {kind: [share for _, _, share in curve] for kind, curve in curves.items()}
 assert shares["ivf"][-1] > 0.999
 assert shares["ivf"] == sorted(shares["ivf"])
 assert shares["hnsw"][-1] > max(0.9, shares["hnsw"][0])
 
-# %%
+# %% alt="Recall of the ten nearest against milliseconds a query. IVF rises from about 50 % with one cell to 98 % with 32 of 316, HNSW from 87 to 100 %; the exact search, at 100 %, takes about ten times as long."
 figure, ax = plt.subplots(figsize=(8, 4))
 for (kind, curve), color in zip(curves.items(), (PALETTE[2], SAME), strict=True):
     efforts, times, recalls = zip(*curve, strict=True)
@@ -869,8 +978,8 @@ for (kind, curve), color in zip(curves.items(), (PALETTE[2], SAME), strict=True)
         offset = (4, -12) if kind == "hnsw" else (-8, 7)
         ax.annotate(effort, (ms, found_share), offset, textcoords="offset points", color=color)
     ax.annotate(
-        {"hnsw": "HNSW", "ivf": "IVF"}[kind], (times[0], recalls[0]), (0, -26), color=color,
-        textcoords="offset points", ha="center", fontweight="bold",
+        {"hnsw": "HNSW", "ivf": "IVF"}[kind], (times[1], recalls[1]), (26, -22), color=color,
+        textcoords="offset points", ha="left", fontweight="bold",
     )  # fmt: skip
 ax.plot(exact_time, 1, "*", markersize=14, color="black")
 ax.annotate("exact", (exact_time, 1), (0, 9), textcoords="offset points", ha="center")
@@ -881,9 +990,8 @@ ax.margins(y=0.2)
 plt.show()
 
 # %% [markdown]
-# To the left is fast, at the top is complete. The small numbers are the effort. IVF with one cell misses much of what lies across the border, as on the plane above;
-# with 16 of 316 cells it misses little, at a small part of the time of the exact search (the star). With all cells it *is* an exact search, with a detour. HNSW starts higher: even a
-# short list of candidates leads near the query.
+# To the left is fast, at the top is complete. The small numbers are the effort. On the plane IVF's nearest cell held 96 % of the neighbours, here it holds half: in 64 dimensions nearly every point is near some border. With 16 of 316 cells it misses little, at a small part of the time of the exact search (the star). With all cells it *is* an exact search, with a detour.
+# HNSW, with a list of candidates of the right length, is as good as IVF at equal time here.
 #
 # Times depend on the machine, on how many queries come at once and on what else it does. How many vectors a query was *compared* with does not, and FAISS
 # counts it.
@@ -905,7 +1013,7 @@ def comparisons(index, queries, **options):
 # ## Growing to a million
 #
 # The same with ten thousand, a hundred thousand and a million points. HNSW stops at a hundred thousand here: a
-# million would take it minutes to build. The million is 256 MB; without that much to spare, leave the last size out.
+# million would take it more than a minute to build. The million is 256 MB; without that much to spare, leave the last size out.
 
 
 # %%
@@ -932,7 +1040,7 @@ growth = pd.DataFrame(
 # %% tags=["nbval-ignore-output"]
 growth.round(3)
 
-# %%
+# %% alt="Against the number of points, 10 000 to a million, both axes logarithmic: vectors compared and milliseconds a query grow in proportion for exact search and far less for IVF and HNSW."
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
 palette = {"exact": "black", "hnsw": PALETTE[2], "ivf": SAME}
 for ax, column in zip(axes, ("compared", "ms a query"), strict=True):
@@ -944,13 +1052,14 @@ for ax, column in zip(axes, ("compared", "ms a query"), strict=True):
             (6, -3), textcoords="offset points", color=color,
         )  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="points in the index", xlim=(None, 4e6))
-axes[0].set(title="Vectors compared a query")
+axes[0].set(title="Vectors compared a query", ylim=(None, 3e6))
 axes[1].set(title="Milliseconds a query (200 at once)")
+figure.suptitle("Exact search grows with the gallery, the two others far less", fontweight="bold")
 plt.show()
 
 # %% [markdown]
-# Exact search compares with everything: ten times the points, ten times the work. IVF has about sqrt(n) cells and looks into 16 of them, so its work grows like sqrt(n). HNSW's
-# grows most slowly, about twofold for ten times the points. What they pay is the time to build, and some recall. For ten thousand points none of this matters: an exact search takes a fraction of a
+# Exact search compares with everything: ten times the points, ten times the work. `SearchIndex` gives IVF about sqrt(n) cells, and a query looks into 16 of them, so its work grows like sqrt(n). HNSW compares with the fewest, and takes longer than IVF all the same: its points lie scattered in memory, those of a cell side by side. (FAISS does not count IVF's comparisons with the centres, another sqrt(n).)
+# What they pay is the time to build, and some recall. For ten thousand points none of this matters: an exact search takes a fraction of a
 # millisecond, has nothing to tune and misses nothing.
 
 # %% tags=["nbval-ignore-output"]
@@ -967,36 +1076,43 @@ assert growth[growth["kind"] != "exact"]["recall"].min() > 0.5
 # %% [markdown]
 # ## Smaller vectors: product quantisation
 #
-# IVF and HNSW save time, not memory: each point still takes 64 × 4 = 256 bytes, and HNSW's links come on top. *Product quantisation* (PQ) saves memory. Cut each vector into M
-# pieces, run k-means with 256 centres on each piece, and keep of each piece only the number of its centre: one byte. A distance is then a sum of M numbers from a table. Rougher is *scalar* quantisation
-# (SQ8), one byte a number. FAISS has both, by the names of its `index_factory`.
+# IVF and HNSW save time, not memory: each point still takes 64 × 4 = 256 bytes, and HNSW's links as much again. *Product quantisation* (PQ) saves memory. Cut each vector into M
+# pieces, run k-means with 256 centres on each piece, and keep of each piece only the number of its centre: one byte. A distance is then a sum of M numbers from a table. Simpler, and less small, is *scalar* quantisation
+# (SQ8): each number rounded to one byte.
 
 
 # %%
-def shrunk(name):
-    packed = faiss.index_factory(64, name)
-    packed.train(large[:20_000].numpy())
-    packed.add(large.numpy())
+def pack(index):
+    """Let an index of FAISS learn how to shorten vectors from some of them, and add them all."""
+    index.train(large[:20_000].numpy())
+    index.add(large.numpy())
+    return index
+
+
+def shrunk(packed):
     found = torch.from_numpy(packed.search(queries.numpy(), 10)[1])
     return packed.code_size, recall(found, indices["exact"].search(queries, 10)[1])
 
 
+packed = {f"PQ{M}": pack(faiss.IndexPQ(64, M, 8)) for M in (4, 8, 16, 32)}  # 8 bits a piece
+packed["SQ8"] = pack(faiss.IndexScalarQuantizer(64, faiss.ScalarQuantizer.QT_8bit))
 packings = pd.DataFrame(
-    {name: shrunk(name) for name in ("PQ4", "PQ8", "PQ16", "PQ32", "SQ8")},
+    {name: shrunk(of) for name, of in packed.items()},
     index=["bytes", "recall"],
 ).T
 
 # %% tags=["nbval-ignore-output"]
+assert packings["recall"]["PQ4"] < packings["recall"]["PQ16"] < packings["recall"]["SQ8"]
 packings.round(3)
 
-# %%
+# %% alt="Recall of the ten nearest against bytes a point: 19 % with 4 bytes, 65 % with 16, 88 % with 32, 99 % with 64 (SQ8), 100 % as they are with 256."
 figure, ax = plt.subplots(figsize=(8, 3.4))
 ax.plot(packings["bytes"][:4], packings["recall"][:4], "o-", color=SAME)
 ax.plot(packings["bytes"]["SQ8"], packings["recall"]["SQ8"], "s", color=PALETTE[1])
 ax.plot(256, 1, "*", markersize=14, color="black")
 for name, (size, share) in packings.iterrows():
     ax.annotate(name, (size, share), (0, 8), textcoords="offset points", ha="center")
-ax.annotate("as they are", (256, 1), (0, 9), textcoords="offset points", ha="center")
+ax.annotate("as they are", (256, 1), (0, 9), textcoords="offset points", ha="right")
 ax.set(title="Fewer bytes find fewer of the ten nearest", xscale="log", ylim=(0, 1.15))
 ax.set_xticks([4, 8, 16, 32, 64, 256], [4, 8, 16, 32, 64, 256])
 ax.minorticks_off()
@@ -1005,114 +1121,186 @@ ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# With 16 bytes, a sixteenth of the memory, two of three of the ten nearest are found; with 32 bytes nine of ten; one byte a number (SQ8) loses next to nothing. What PQ finds is nearly right, so ask it for a hundred candidates
+# With 16 bytes, a sixteenth of the memory, two of three of the ten nearest are found; with 32 bytes nearly nine of ten; one byte a number (SQ8) loses next to nothing. What PQ finds is nearly right, so ask it for a hundred candidates
 # and rank those by the vectors themselves (exercise 4).
-
-# %%
-assert packings["recall"]["PQ4"] < packings["recall"]["PQ16"] < packings["recall"]["SQ8"]
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Do 768 numbers have to be? Keep the first 4, 8, 16, 32, 64 or 128 principal components of the embeddings, fit on the *training* drawings as above. Where does MAP@R begin to fall, and how much
-# smaller would an index be?
+# Try each before you unfold its solution (click the blue bar or the three dots) and its answer.
+#
+# **1.** Do 768 numbers have to be? Keep the first 4, 8, 16, 32, 64 or 128 principal components of the embeddings, fit on the *training* drawings as above. Where does MAP@R begin to fall, and how much smaller would an index be?
+
+# %%
+# Your attempt
 
 
-# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+# Solution 1
 def shortened(count):
     fitted = PCA(count, random_state=0).fit(everything[: len(train.images)].numpy())
-    return torch.from_numpy(fitted.transform(points.numpy())).float()
+    return torch.from_numpy(fitted.transform(spaces["triplets"].numpy())).float()
 
 
 by_size = {
     n: float(measure(hits_of(shortened(n)))["MAP@R"].mean()) for n in (4, 8, 16, 32, 64, 128)
 }
-print(
-    {n: f"{value:.1%}" for n, value in by_size.items()}, f"all 768: {at_r['triplets'].mean():.1%}"
-)
-# A twelfth of the numbers keeps nearly all: most of the 768 say again what others say.
 assert by_size[64] > 0.9 * at_r["triplets"].mean() > 1.5 * by_size[4]
+
+# %% [markdown]
+# <details><summary>Answer 1</summary>
+#
+# With 64 numbers MAP@R is 39.1 %, with all 768 it is 41.0 %: a twelfth of the memory keeps nearly all, because most of the 768 repeat what others say. With 32 it is 36 %, with 4 it is 8 %.
+#
+# </details>
 
 # %% [markdown]
 # **2.** "noto-v1" is an older design of "noto", and "emojione-v1" of "emojione", by one studio. How much do such pairs flatter Recall@1? Take the sister designs out of the gallery of each drawing.
 
-# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
+# %%
+# Your attempt
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+# Solution 2
 studio = torch.tensor([0, 0, 1, 2, 3, 3, 4, 5])[test.designers]
-distances = pairwise_distances(points, points).fill_diagonal_(torch.inf)
+to_all_others = pairwise_distances(spaces["triplets"], spaces["triplets"]).fill_diagonal_(torch.inf)
 sisters = (studio[:, None] == studio) & (test.designers[:, None] != test.designers)
-distances[sisters] = torch.inf
-strict = test.labels[distances.argmin(dim=1)] == test.labels
-free = scores["triplets"]["Recall@1"].mean()
-print(f"Recall@1 {free:.1%} among all, {strict.float().mean():.1%} without sister designs")
-# Some first answers are sister designs, but nearly as many drawings are found by another hand.
-assert 0.8 * free < strict.float().mean() < free
+nearest_left = to_all_others.masked_fill(sisters, torch.inf).argmin(dim=1)
+strict = float((test.labels[nearest_left] == test.labels).float().mean())
+assert 0.8 * scores["triplets"]["Recall@1"].mean() < strict
+assert strict < scores["triplets"]["Recall@1"].mean()
 
 # %% [markdown]
-# **3.** Has the network learnt its training drawings by heart? Measure it on them, as somebody would by mistake who trains on all 1 177 emoji "to use all the data". Would the result give the mistake away?
+# <details><summary>Answer 2</summary>
+#
+# Recall@1 falls from 66.8 to 63.0 %. Some first answers are sister designs (the letters even the same pixels), but nearly as many drawings are found by another hand.
+#
+# </details>
 
-# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
-leaked = measure(hits_of(embed(network, train.images), train.labels), train.labels)["MAP@R"].mean()
-print(f"MAP@R {leaked:.1%} on 827 training emoji, {at_r['triplets'].mean():.1%} on 350 new ones")
-# It is not by heart: among more than twice as many emoji the result is only a little better, so
-# that nothing in it gives a leak away. Only a look at how it was made does.
-assert at_r["triplets"].mean() < leaked < at_r["triplets"].mean() + 0.2
+# %% [markdown]
+# **3.** Has the network learnt its training drawings by heart? Measure MAP@R on them (with one look), as somebody would by mistake who trains on all 1 177 emoji "to use all the data". Would the result give the mistake away?
+
+# %%
+# Your attempt
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+# Solution 3
+learnt = embed(network, train.images)
+as_many = torch.isin(seen, torch.randperm(827, generator=torch.Generator().manual_seed(0))[:350])
+leaked = {}
+for kept in (seen >= 0, as_many):
+    on_training = measure(hits_of(learnt[kept], train.labels[kept]), train.labels[kept])
+    leaked[len(seen[kept].unique())] = float(on_training["MAP@R"].mean())
+assert leaked[827] < 1.3 * scores["one look"]["MAP@R"].mean() < leaked[350]
+
+# %% [markdown]
+# <details><summary>Answer 3</summary>
+#
+# No leak is seen: 47 % on the 827 training emoji look plausible beside 40 % on new ones. Yet the gallery is 2.4 times as large there. Among as many emoji as in the test, 350, it is 61 % for those it was trained on, half as much again. Only a look at how a number was made gives the mistake away.
+#
+# </details>
 
 # %% [markdown]
 # **4.** Vectors shortened to bytes find candidates, the vectors themselves put them in order. Let "PQ16" fetch 100 candidates of each query, and rank them by their true distances. What is the recall of the ten nearest now?
 
-# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
-packed = faiss.index_factory(64, "PQ16")
-packed.train(large[:20_000].numpy())
-packed.add(large.numpy())
-candidates = torch.from_numpy(packed.search(queries.numpy(), 100)[1])
-true = (large[candidates] - queries[:, None]).norm(dim=2)
-again = candidates.gather(1, true.topk(10, largest=False).indices)
-right = indices["exact"].search(queries, 10)[1]
-print(
-    f"{packings['recall']['PQ16']:.1%} before, {recall(again, right):.1%} after ranking 100 candidates anew"
-)
-# The ten nearest are nearly always among the hundred; only their order was wrong.
-assert recall(again, right) > packings["recall"]["PQ16"] + 0.1
+# %%
+# Your attempt
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+# Solution 4
+candidates = torch.from_numpy(packed["PQ16"].search(queries.numpy(), 100)[1])
+true_distances = (large[candidates] - queries[:, None]).norm(dim=2)
+ranked = candidates.gather(1, true_distances.topk(10, largest=False).indices)
+after = recall(ranked, indices["exact"].search(queries, 10)[1])
+assert after > packings["recall"]["PQ16"] + 0.1
+
+# %% [markdown]
+# <details><summary>Answer 4</summary>
+#
+# 99 % instead of 65 %. The ten nearest are nearly always among the hundred candidates; only their order was wrong. So the long vectors may lie on a disk, and only a hundred of them are read for each query.
+#
+# </details>
 
 # %% [markdown]
 # ## Check yourself
+
+# %% [markdown]
+# **1.** Why must the man who juggles not be a training class when the woman who juggles is a test class?
 #
-# 1. Why must the man who juggles not be a training class when the woman who juggles is a test class?
+# a) Because a class would then have too many drawings. · b) Because whoever has learnt the one knows the other. · c) Because a classifier would mix them up.
 #
-#    <details><summary>Answer</summary>They are near twins: whoever has learnt the one knows the other, and the measurement would not be about new classes.</details>
-# 2. Recall@1 is high and MAP@R low. What does a search return?
+# <details><summary>Answer</summary>
 #
-#    <details><summary>Answer</summary>A hit first, and then much that is wrong: the nearest is found, the others of its class lie far.</details>
-# 3. Why is a mirrored drawing no good augmentation here?
+# **b.** They are near twins, and the measurement would no longer be about new classes. *a* is wrong because they are two classes with up to eight drawings each; *c* may be so, but would make the result worse, not flatter it.
 #
-#    <details><summary>Answer</summary>Mirrored, a left arrow is a right one: the change must not turn one class into another.</details>
-# 4. The recall of an index is 100 %. Are its answers right?
+# </details>
+
+# %% [markdown]
+# **2.** Recall@1 is high and MAP@R low. What does a search return?
 #
-#    <details><summary>Answer</summary>They are the truly nearest. Whether those are of the right class depends on the embeddings.</details>
-# 5. A thousand photographs each of five kinds, or seven drawings each of 700: which teaches more about a new kind?
+# a) A hit first, and then much that is wrong. · b) Hits in the first places, but in a wrong order. · c) Nothing of use.
 #
-#    <details><summary>Answer</summary>The 700: what tells five kinds apart need not tell a sixth, and networks of five classes, of drawings as of photographs, did no better than an untrained one.</details>
+# <details><summary>Answer</summary>
 #
+# **a.** The nearest is found, the others of its class lie far. *b* is wrong because hits have no order among each other; *c* because one right answer may be all that is wanted.
+#
+# </details>
+
+# %% [markdown]
+# **3.** Why is mirroring no good augmentation here?
+#
+# a) A network with max pooling does not see it anyway. · b) It makes drawings that no designer would draw. · c) It turns some classes into others.
+#
+# <details><summary>Answer</summary>
+#
+# **c.** Mirrored, a left arrow is a right one. *a* is wrong because convolutions tell left from right; *b* because exchanged colours are odd as well and help.
+#
+# </details>
+
+# %% [markdown]
+# **4.** The recall of an index is 100 %. Are its answers right?
+#
+# a) Yes. · b) They are the truly nearest, which need not be of the right class. · c) Only if the index is exact.
+#
+# <details><summary>Answer</summary>
+#
+# **b.** The recall of an index speaks of the index, Recall@k of the embeddings. *a* mixes the two; *c* is wrong because an approximate index that finds all of the nearest gives the same answers as an exact one.
+#
+# </details>
+
+# %% [markdown]
+# **5.** A thousand photographs each of five kinds, or seven drawings each of 700: which is more likely to teach a distance for a new kind?
+#
+# a) The photographs, because more images generalise better. · b) The drawings, because what tells 700 classes apart is more likely to tell new ones apart. · c) Neither, without the new kind in training.
+#
+# <details><summary>Answer</summary>
+#
+# **b.** See the curve: with the same number of looks, many classes taught what held for new ones and five did not. *a* holds for new images of the *same* kinds; *c* is contradicted by everything in this chapter.
+#
+# </details>
+
+# %% [markdown]
 # ## Summary
 #
 # - Retrieval is measured on classes that training has not seen, near twins kept together, against rivals that cost less.
-# - Many classes with few images each teach what distinguishes classes in general; five classes, however many images, do not.
-# - Augmentation says which differences do not matter; the loss, all triplets of 64 × 6 batches, does the rest.
-# - An index trades a little recall for a lot of time (IVF, HNSW) or memory (PQ); measure both on your own vectors. Exact is enough for thousands.
+# - Many classes with few images each teach what distinguishes classes in general; five classes taught nothing that held for others, neither with seven drawings nor with a thousand photographs of each.
+# - Augmentation says which differences do not matter; the loss, semi-hard triplets of 32 × 6 batches, does the rest.
+# - An index trades recall for time (IVF, HNSW) or memory (PQ); measure both on your own vectors. Exact is enough for thousands.
 #
 # **Next** [9 · Verification](09_verification.ipynb) asks of two drawings whether they are the same, and how sure one may be.
-#
+
+# %% [markdown]
 # ## References
 #
-# - H. Oh Song, Y. Xiang, S. Jegelka, S. Savarese, "Deep metric learning via lifted structured feature embedding", CVPR 2016 (unseen classes, Recall@k).
-# - K. Musgrave, S. Belongie, S.-N. Lim, "A metric learning reality check", ECCV 2020 (MAP@R, and fair comparison).
-# - A. Zhai, H.-Y. Wu, "Classification is a strong baseline for deep metric learning", BMVC 2019.
-# - K. He, X. Zhang, S. Ren, J. Sun, "Deep residual learning for image recognition", CVPR 2016.
-# - A. Hermans, L. Beyer, B. Leibe, "In defense of the triplet loss for person re-identification", 2017 (batches of P × K).
-# - T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning of visual representations", ICML 2020 (augmentation; the layer before).
-# - P. Khosla et al., "Supervised contrastive learning", NeurIPS 2020.
-# - H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", arXiv 1708.07747, 2017.
-# - M. Douze et al., "The Faiss library", arXiv 2401.08281, 2024.
-# - H. Jégou, M. Douze, C. Schmid, "Product quantization for nearest neighbor search", 2011 (IVF, PQ).
-# - Y. Malkov, D. Yashunin, "Efficient and robust approximate nearest neighbor search using hierarchical navigable small world graphs", 2016.
+# - H. Oh Song, Y. Xiang, S. Jegelka, S. Savarese, "Deep metric learning via lifted structured feature embedding", [CVPR 2016](https://arxiv.org/abs/1511.06452) (unseen classes, Recall@k).
+# - K. Musgrave, S. Belongie, S.-N. Lim, "A metric learning reality check", [ECCV 2020](https://arxiv.org/abs/2003.08505) (MAP@R, and fair comparison).
+# - A. Zhai, H.-Y. Wu, "Classification is a strong baseline for deep metric learning", [BMVC 2019](https://arxiv.org/abs/1811.12649).
+# - K. He, X. Zhang, S. Ren, J. Sun, "Deep residual learning for image recognition", [CVPR 2016](https://arxiv.org/abs/1512.03385).
+# - A. Hermans, L. Beyer, B. Leibe, "In defense of the triplet loss for person re-identification", [2017](https://arxiv.org/abs/1703.07737) (batches of P × K).
+# - T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning of visual representations", [ICML 2020](https://arxiv.org/abs/2002.05709) (augmentation; the layer before).
+# - P. Khosla et al., "Supervised contrastive learning", [NeurIPS 2020](https://arxiv.org/abs/2004.11362).
+# - H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", [arXiv 1708.07747](https://arxiv.org/abs/1708.07747), 2017.
+# - M. Douze et al., "The Faiss library", [arXiv 2401.08281](https://arxiv.org/abs/2401.08281), 2024.
+# - H. Jégou, M. Douze, C. Schmid, "Product quantization for nearest neighbor search", [2011](https://doi.org/10.1109/TPAMI.2010.57) (IVF, PQ).
+# - Y. Malkov, D. Yashunin, "Efficient and robust approximate nearest neighbor search using hierarchical navigable small world graphs", [2016](https://arxiv.org/abs/1603.09320).
 # - The drawings: EmojiTwo contributors after Emoji One 2 (CC BY 4.0), Emoji One (CC BY-SA 4.0), Microsoft (MIT), Mozilla (Apache 2.0), Google (Apache 2.0), OpenMoji (CC BY-SA 4.0), Twitter and contributors (CC BY 4.0).

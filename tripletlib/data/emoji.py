@@ -1,4 +1,4 @@
-"""Emoji: one picture drawn by up to eight designers, shipped with the package."""
+"""Emoji: one list of pictures, drawn in up to eight sets, shipped with the package."""
 
 from __future__ import annotations
 
@@ -86,10 +86,11 @@ class Emoji(NamedTuple):
 def load_emoji(split: str = "train") -> Emoji:
     """Load the pictures of one split of the emoji, standardised, and who drew each.
 
-    A class is an emoji: 1 177 of them, drawn by five to eight of eight designers. The two splits
-    share no class, and no near twins either: classes whose pictures differ in a detail by a system
-    (the man, the woman and the person who do the same; clock faces; arrows; letters; hearts by
-    colour; "closed umbrella" and "umbrella") make a *family*, which is never divided. Of the 856
+    A class is an emoji: 1 177 of them, each in five to eight of eight sets. The two splits share
+    no class, and hardly a near twin either: classes whose *names* tell that their pictures differ
+    in a detail by a system (the man, the woman and the person who do the same; clock faces; arrows;
+    letters; hearts by colour; "closed umbrella" and "umbrella") make a *family*, which is never
+    divided. A dozen twins with unlike names slip through ("mens room", "womens room"). Of the 856
     families in alphabetical order, the fourth, fifth and sixth of every ten are the test split.
 
     Parameters
