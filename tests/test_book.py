@@ -119,7 +119,9 @@ def test_chapter_has_its_parts(script):
 
 
 HIDDEN = {"source_hidden": True}
-mended = pytest.mark.parametrize("script", [SCRIPTS[1], *SCRIPTS[7:9]], ids=lambda script: script.stem)
+mended = pytest.mark.parametrize(
+    "script", [SCRIPTS[1], *SCRIPTS[7:9]], ids=lambda script: script.stem
+)
 
 
 @mended
