@@ -119,12 +119,9 @@ def test_chapter_has_its_parts(script):
 
 
 HIDDEN = {"source_hidden": True}
-mended = pytest.mark.parametrize(
-    "script", [*SCRIPTS[:3], *SCRIPTS[4:9]], ids=lambda script: script.stem
-)
 
 
-@mended
+@chapters
 def test_what_is_asserted_is_shown_in_the_same_cell(script):
     for cell in code_cells(script):
         asserts = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(cell.source)))
@@ -132,7 +129,7 @@ def test_what_is_asserted_is_shown_in_the_same_cell(script):
             assert cell.outputs, cell.source
 
 
-@mended
+@chapters
 def test_every_figure_has_an_alternative_text(script):
     for cell in code_cells(script):
         if any("image/png" in output.get("data", {}) for output in cell.outputs):
@@ -141,7 +138,7 @@ def test_every_figure_has_an_alternative_text(script):
             assert "alt" not in cell.metadata, cell.source
 
 
-@mended
+@chapters
 def test_a_solution_is_folded_with_all_it_tells_and_has_an_answer_in_words(script):
     cells = notebook(script).cells
     first = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))
@@ -163,7 +160,7 @@ def test_a_solution_is_folded_with_all_it_tells_and_has_an_answer_in_words(scrip
 FOLDED = re.compile(r"<details><summary>Answer( \d+)?</summary>\n\n.{40,}\n\n</details>", re.DOTALL)
 
 
-@mended
+@chapters
 def test_five_questions_to_check_oneself_each_with_a_folded_answer(script):
     texts = [cell.source for cell in notebook(script).cells if cell.cell_type == "markdown"]
     first = next(i for i, text in enumerate(texts) if text.startswith("## Check yourself"))
@@ -188,6 +185,22 @@ def test_links_to_files_resolve(page):
     for link in links:
         if not re.match(r"https?:|mailto:", link):
             assert (page.parent / link).exists(), link
+
+
+def test_a_word_of_the_glossary_stands_in_the_chapter_that_is_named():
+    text = (NOTEBOOKS / "glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \[(\d+)\]\(([^)]+)\) \|$", text, re.MULTILINE)
+    assert len(rows) > 50
+    order = [re.sub(r"\W", "", words).casefold() for words, _, _ in rows]
+    assert order == sorted(order)
+    for words, number, page in rows:
+        assert page.startswith(f"{int(number):02}_")
+        script = (NOTEBOOKS / page).with_suffix(".py")
+        cells = jupytext.read(script).cells
+        text = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        text = re.sub(r"\*|\s+", lambda found: " " * found[0].isspace(), text).casefold()
+        for word in re.split(r", |[()]", words):
+            assert word.strip().removesuffix("se").casefold() in text, (word, page)
 
 
 def test_chapters_link_to_their_neighbours():
