@@ -35,6 +35,16 @@ def test_training_lowers_the_loss_and_leaves_the_network_ready_to_use():
     assert not network.training
 
 
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_a_run_may_have_any_number_of_steps(steps):
+    _, history = fitted(
+        images=IMAGES[: 8 * steps], labels=LABELS[: 8 * steps], batch_size=8, epochs=1
+    )
+    assert len(history) == steps
+    assert np.isfinite(history["loss"]).all()
+    assert (history["learning_rate"] > 0).all()
+
+
 def test_images_are_jittered_by_default_and_feature_rows_are_not():
     seen = []
 

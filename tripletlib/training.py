@@ -238,7 +238,7 @@ class _Run:
                 optimizer,
                 optimizer.defaults["lr"],
                 total_steps=max(1, steps),
-                pct_start=0.2,
+                pct_start=0.2 if steps != 5 else 0.3,  # at a rise of one step torch divides by zero
                 cycle_momentum=False,
             )
             for optimizer in self.optimizers
