@@ -23,7 +23,7 @@
 # - **You will learn** what a training step does, why the loss hardly falls while the network gets better, how to choose
 #   margin, learning rate and batches, how to recognise and prevent a collapse, how to resume, and how to report an accuracy.
 # - **You need** chapters [2](02_triplets.ipynb) and [3](03_network.ipynb); no GPU.
-# - **Running time** about 2.5 minutes on two cores, of which training takes one.
+# - **Running time** about 4 minutes on two cores, of which training takes one or one and a half.
 # - Previous: [3 · Network](03_network.ipynb) · Next: [5 · Visualization](05_visualization.ipynb)
 
 # %%

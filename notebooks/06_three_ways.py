@@ -24,7 +24,7 @@
 # - **You will learn** the contrastive loss, the Mahalanobis distance, how LMNN, Siamese networks, InfoNCE and proxies are
 #   related to triplets, how to compare methods so that the result means something, and when not to learn a metric at all.
 # - **You need** chapters [2](02_triplets.ipynb) and [4](04_training.ipynb); no GPU.
-# - **Running time** about 2.5 minutes on two cores.
+# - **Running time** about 3.5 minutes on two cores.
 # - Previous: [5 · Visualization](05_visualization.ipynb) · Next: [7 · The paper](07_the_paper.ipynb)
 
 # %%

@@ -24,7 +24,7 @@
 # - **You will learn** to read ROC and DET curves, the equal error rate and the TAR at a FAR, in the words of two communities; where a threshold may come from; how sure
 #   such numbers are; how many drawings it takes to enrol a class; and what it costs to refuse a stranger.
 # - **You need** chapters [4](04_training.ipynb) and [8](08_image_retrieval.ipynb), whose network it uses; no GPU.
-# - **Running time** about 1 minute on two cores, and two more if chapter 8 has not run on this machine.
+# - **Running time** about 2 minutes on two cores, and two more if chapter 8 has not run on this machine.
 # - Previous: [8 · Image retrieval](08_image_retrieval.ipynb) · Next: the book ends here; [1 · Data](01_data.ipynb) is where it began
 
 # %%
