@@ -1,6 +1,7 @@
 """The rules that every chapter of the book keeps."""
 
 import ast
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -27,6 +28,14 @@ def notebook(script):
 
 def code_cells(script):
     return [cell for cell in notebook(script).cells if cell.cell_type == "code"]
+
+
+@functools.cache
+def texts_of(page):
+    """Give the texts of a chapter cell by cell, or that of a page as a whole."""
+    if page.suffix == ".md":
+        return [page.read_text(encoding="utf-8")]
+    return [cell.source for cell in jupytext.read(page).cells if cell.cell_type == "markdown"]
 
 
 def text_of(output):
@@ -107,7 +116,7 @@ def test_figures_are_many_and_no_output_is_the_bare_text_of_an_object(script):
 
 @chapters
 def test_chapter_has_its_parts(script):
-    text = "\n".join(c.source for c in notebook(script).cells if c.cell_type == "markdown")
+    text = "\n".join(texts_of(script))
     assert re.match(rf"# {int(script.stem[:2])} · ", text)
     for part in ("You will learn", "You need", "Running time", "## When it goes wrong"):
         assert part in text
@@ -162,7 +171,7 @@ FOLDED = re.compile(r"<details><summary>Answer( \d+)?</summary>\n\n.{40,}\n\n</d
 
 @chapters
 def test_five_questions_to_check_oneself_each_with_a_folded_answer(script):
-    texts = [cell.source for cell in notebook(script).cells if cell.cell_type == "markdown"]
+    texts = texts_of(script)
     first = next(i for i, text in enumerate(texts) if text.startswith("## Check yourself"))
     assert texts[first + 6].startswith("## Summary")
     for number, text in enumerate(texts[first + 1 : first + 6], start=1):
@@ -177,27 +186,21 @@ PAGES = [*SCRIPTS, NOTEBOOKS / "glossary.md", ROOT / "README.md"]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_resolve(page):
-    if page.suffix == ".py":
-        text = "\n".join(c.source for c in jupytext.read(page).cells if c.cell_type == "markdown")
-    else:
-        text = page.read_text(encoding="utf-8")
-    links = LINK.findall(text)
+    links = LINK.findall("\n".join(texts_of(page)))
     for link in links:
         if not re.match(r"https?:|mailto:", link):
             assert (page.parent / link).exists(), link
 
 
 def test_a_word_of_the_glossary_stands_in_the_chapter_that_is_named():
-    text = (NOTEBOOKS / "glossary.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \[(\d+)\]\(([^)]+)\) \|$", text, re.MULTILINE)
+    (table,) = texts_of(NOTEBOOKS / "glossary.md")
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \[(\d+)\]\(([^)]+)\) \|$", table, re.MULTILINE)
     assert len(rows) > 50
     order = [re.sub(r"\W", "", words).casefold() for words, _, _ in rows]
     assert order == sorted(order)
     for words, number, page in rows:
         assert page.startswith(f"{int(number):02}_")
-        script = (NOTEBOOKS / page).with_suffix(".py")
-        cells = jupytext.read(script).cells
-        text = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        text = " ".join(texts_of((NOTEBOOKS / page).with_suffix(".py")))
         text = re.sub(r"\*|\s+", lambda found: " " * found[0].isspace(), text).casefold()
         for word in re.split(r", |[()]", words):
             assert word.strip().removesuffix("se").casefold() in text, (word, page)

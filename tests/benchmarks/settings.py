@@ -25,6 +25,7 @@ from torch import Tensor
 from tripletlib import (
     BalancedBatchSampler,
     EmbeddingNet,
+    History,
     TripletLoss,
     embed,
     fit,
@@ -35,6 +36,7 @@ from tripletlib import (
 MARGINS, RATES = (0.05, 0.2, 0.8), (0.001, 0.004, 0.016)
 BATCH_SIZES, CLASSES = (64, 512), (2, 5, 10)
 DEFAULTS = {"margin": 0.2, "learning rate": 0.004, "batch size": 512, "classes": None}
+DEFAULTS |= {"mining": "all", "squared": True}
 GRIDS = (
     {"margin": MARGINS, "learning rate": RATES},
     {"batch size": BATCH_SIZES, "classes": CLASSES},
@@ -47,26 +49,27 @@ def error(points: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor)
 
 
 def train(
-    settings: dict[str, float | None], seed: int, epochs: int, images: Tensor, labels: Tensor
-) -> EmbeddingNet:
-    """Train a network with these settings."""
+    settings: dict, seed: int, epochs: int, images: Tensor, labels: Tensor
+) -> tuple[EmbeddingNet, History]:
+    """Train a network with the default settings but for these."""
+    settings = DEFAULTS | settings
     torch.manual_seed(seed)
     network = EmbeddingNet()
     size, classes = settings["batch size"], settings["classes"]
     sampler = BalancedBatchSampler(labels, classes, size // classes) if classes else None
-    fit(
+    history = fit(
         network,
         images,
         labels,
         epochs=epochs,
-        loss=TripletLoss(settings["margin"]),
+        loss=TripletLoss(settings["margin"], settings["mining"], squared=settings["squared"]),
         learning_rate=settings["learning rate"],
         batch_size=size,
         batch_sampler=sampler,
         seed=seed,
         progress=False,
     )
-    return network
+    return network, history
 
 
 def shown(errors: Sequence[float]) -> str:
@@ -101,16 +104,15 @@ def main() -> None:
         names = list(grid)
         print(" x ".join(names), "(others as usual):")
         for cell in itertools.product(*grid.values()):
-            settings = DEFAULTS | dict(zip(names, cell, strict=True))
+            settings = dict(zip(names, cell, strict=True))
             runs = (train(settings, seed, arguments.epochs, known, known_labels) for seed in seeds)
-            errors = [measure(network) for network in runs]
+            errors = [measure(network) for network, _ in runs]
             where = ", ".join(f"{name} {one:<5g}" for name, one in zip(names, cell, strict=True))
             print(f"  {where}: {shown(errors)}", flush=True)
     print("batch-hard, five epochs:")
     for squared in (True, False):
-        torch.manual_seed(0)
-        network, loss = EmbeddingNet(), TripletLoss(mining="hard", squared=squared)
-        history = fit(network, known, known_labels, loss=loss, epochs=5, seed=0, progress=False)
+        settings = {"mining": "hard", "squared": squared}
+        network, history = train(settings, 0, 5, known, known_labels)
         spread = history["spread"][-5:].mean()
         name = "squared" if squared else "not squared"
         print(f"  {name}: {measure(network):.2%}, spread {spread:.3f}", flush=True)

@@ -24,15 +24,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Iterable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from accuracy import summary
 from machine import THREADS, machine
 from scipy.stats import binomtest
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 from tripletlib import (
@@ -187,22 +186,12 @@ def compare(right: dict[tuple[str, str, int], Tensor], seeds: Iterable[int]) -> 
         for seed in seeds:
             before, after = right[loss, model, seed], right[other_loss, other_model, seed]
             lost, won = int((before & ~after).sum()), int((after & ~before).sum())
-            differences.append(lost - won)
+            differences.append((lost - won) / len(before))
             changes.append((lost - won) / int((~before).sum()))
             tests.append(f"{lost}:{won} p={binomtest(lost, lost + won).pvalue:.2g}")
         print(f"{model}, {loss} → {other_model}, {other_loss}: lost:won {', '.join(tests)}")
-        print(
-            f"  errors {interval(differences)}; relative {interval([100 * c for c in changes])} %"
-        )
-
-
-def interval(values: list[float]) -> str:
-    """Give the mean of paired values and its 95 % interval over seeds."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:+.1f} (one seed: no interval)"
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+        print(f"  of the queries {summary(differences)}")
+        print(f"  of the errors {summary(changes)}")
 
 
 def main() -> None:
