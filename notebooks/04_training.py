@@ -523,8 +523,8 @@ plt.show()
 # %% [markdown]
 # In batches of 512 batch-hard ends on a spot, whatever the distance or the margin, and its loss ends above the margin (above
 # log 2 = 0.69 for the soft one). A tenth of the rate only slows the fall: the spread is 0.26 and still falling, and the error
-# of 11 % is the worst of all. *Not squared* it learns on the spot nevertheless: 4.5 % after these 20 steps and 1.2 % after 100,
-# at a spread of 0.02, where the squared one has 4.7 % (`settings.py` prints both). The order of the distances becomes right;
+# of 11 % is the worst of all. *Not squared* it learns on the spot nevertheless: 4.5 % after these 20 steps and 1.1 % after 100,
+# at a spread of 0.02, where the squared one has 5.2 % (`settings.py` prints both). The order of the distances becomes right;
 # the margin is never met.
 #
 # What prevents the collapse are the small batches. There too the squared loss first shrinks the space, to a spread of 0.10, but

@@ -24,7 +24,7 @@
 # - **You will learn** to draw an embedding in two dimensions in three ways and what each of them keeps, to find the images that
 #   cause trouble, to ask which pixels matter, and when not to trust a map.
 # - **You need** chapters [3](03_network.ipynb) and [4](04_training.ipynb); no GPU.
-# - **Running time** under two minutes on two cores, and one minute more if chapter 4 has not left its network in the cache.
+# - **Running time** under two minutes on two cores, and one and a half more if chapter 4 has not left its network in the cache.
 # - Previous: [4 · Training](04_training.ipynb) · Next: [6 · Three ways](06_three_ways.ipynb)
 
 # %%
