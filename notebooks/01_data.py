@@ -33,7 +33,7 @@
 # its *kernel*, keeps 1–2 GB of memory, also when the tab is closed: choose *Kernel ▸ Shut Down All Kernels* when you leave a
 # chapter.
 #
-# Words in **bold** are the field's own, explained where they come first. The [glossary](glossary.md) has them all, a sentence each.
+# Words in **bold** are the field's own, explained where they come first. The [glossary](glossary.md) has most of them, a sentence each.
 
 # %%
 import matplotlib.pyplot as plt
@@ -177,7 +177,7 @@ def shifted(batch, by):
 for by in range(1, 6):
     over_the_edge = queries[..., 28 - by :] > queries.min()
     print(
-        f"{by} pixels: {int(over_the_edge.flatten(1).any(dim=1).sum()):3} of 1000 images lose ink"
+        f"moved by {by}: {int(over_the_edge.flatten(1).any(dim=1).sum()):3} of 1000 images lose ink"
     )
 
 # %% [markdown]
@@ -256,7 +256,7 @@ assert winner == int(from_library) == 2
 # %% [markdown]
 # ## Neighbours in pixel space
 #
-# The fraction of queries whose label the vote gets right is the **kNN accuracy**, the measure of chapters 1 to 7.
+# The fraction of queries whose label the vote gets right is the **kNN accuracy**, the measure of chapters 1 and 3 to 7.
 # `knn_accuracy` does what we did by hand for all 10 000 test images.
 
 # %%
@@ -303,7 +303,7 @@ assert (labels[around[:, 0]] == query_labels[wrong]).sum() == 4
 # %% [markdown]
 # Each label stands above its image; blue frames are hits, orange ones misses. Neighbours share *ink in the same place* with the
 # query, not form. In rows 1 and 3 the vote is a tie that the smaller label wins. In four of the five rows the nearest
-# image has the right label and is outvoted: remember it when k is chosen.
+# image has the right label and does not win: remember it when k is chosen.
 #
 # Now push the queries to the right and ask again; the gallery stays where it is, or moves as well.
 
@@ -499,8 +499,8 @@ print("k = 10:", pixel_accuracy)
 assert 0.965 < chosen < 0.975
 
 # %% [markdown]
-# Why then does this book use k = 10? Not because it is best: one k, fixed for every chapter and every distance, makes their
-# numbers comparable. For pixels it costs 0.4 points, so 97.05 % is the number that a learned distance has to beat.
+# Why then does this book use k = 10? Not because it is best: one k, the same wherever no other is named, makes the numbers of
+# chapters and distances comparable. For pixels it costs 0.4 points, so 97.05 % is the number that a learned distance has to beat.
 
 # %% [markdown]
 # ## Balanced batches
@@ -654,7 +654,7 @@ assert confused[closest_pair] <= confused[most_confused] <= 20
 #
 # 4 and 9, at a distance of 8.1. But of the 162 errors only 9 are between them; most, 13, are between 3 and 8. The errors spread
 # over 33 pairs. A mean image says little about a class whose images scatter widely: two images of one digit are on
-# average 28.7 apart, far more than the two means.
+# average about 29 apart, far more than the two means.
 #
 # </details>
 
