@@ -17,8 +17,8 @@
 # %% [markdown]
 # # 4 · Training: two epochs to 99.5 %
 #
-# Data, a loss over all triplets, a network: everything is in place. This chapter trains on all of MNIST, on the CPU, in about
-# a minute; reads the curves; says how to choose the settings; and breaks the training on purpose, to find out what repairs it.
+# Data, a loss over all triplets, a network: everything is in place. This chapter trains on all of MNIST, on the CPU, in
+# about one and a half minutes; reads the curves; says how to choose the settings; and breaks the training on purpose, to find out what repairs it.
 #
 # - **You will learn** what a training step does, why the loss hardly falls while the network gets better, how to choose
 #   margin, learning rate and batches, how to recognise and prevent a collapse, how to resume, and how to report an accuracy.
@@ -63,8 +63,8 @@ test_images, test_labels = load_mnist("test")
 # %% [markdown]
 # ## One step by hand
 #
-# What is a training step? Embed a batch, compute the loss, let autograd compute its gradient (which way each weight should
-# move), move all weights a little. PyTorch spells it in five lines. Take one batch of 512 digits and repeat the step ten
+# What is a training step? Embed a batch, compute the loss, let autograd compute its gradient (how the loss rises with each
+# weight), move all weights a little against it. PyTorch spells it in four statements. Take one batch of 512 digits and repeat the step ten
 # times.
 
 # %%
@@ -240,7 +240,8 @@ assert accuracy > 0.994 > 0.975 > by_pixels
 # **Rate first.** It decides most: in 20 steps 0.001 gets only part of the way. From 0.004 to 0.016 it hardly matters. **Then
 # the margin**, in a geometric series, since it is a matter of scale: 0.2 and 0.8 cannot be told apart, 0.05 is worse at these
 # two rates. Take the middle of a flat region, not the smallest number of a table, because a seed alone moves it. If the best
-# value lies at an edge of the grid, extend the grid. And repeat the last choice at full length: what is best for 20 steps need
+# value lies at an edge of the grid, extend the grid. (Here the flat region reaches two edges, and 0.2 and 0.004 are its gentle
+# corner: to settle it, go on to larger margins and rates.) And repeat the last choice at full length: what is best for 20 steps need
 # not be best for 236.
 
 # %% [markdown]
@@ -521,11 +522,16 @@ right.set_xlabel("kNN error on 5 000 images held back (%)")
 plt.show()
 
 # %% [markdown]
-# In batches of 512 batch-hard ends on a spot, whatever the distance or the margin, and its loss ends above the margin (above
-# log 2 = 0.69 for the soft one). A tenth of the rate only slows the fall: the spread is 0.26 and still falling, and the error
-# of 11 % is the worst of all. *Not squared* it learns on the spot nevertheless: 4.5 % after these 20 steps and 1.1 % after 100,
-# at a spread of 0.02, where the squared one has 5.2 % (`settings.py` prints both). The order of the distances becomes right;
-# the margin is never met.
+# From random weights and at the full rate, batch-hard in batches of 512 ends on a spot, whatever the distance or the margin, and
+# its loss ends above the margin (above log 2 = 0.69 for the soft one). A tenth of the rate only slows the fall: the spread is 0.26
+# when the rate has run out, every triplet is active, and the error of 11 % is the worst of all. *Not squared* it learns on the spot
+# nevertheless: 4.5 % after these 20 steps and 1.1 % after 100, at a spread of 0.02; the squared one then has 5.2 % (`settings.py`
+# prints both). The order becomes right among near neighbours, which is all that kNN asks; between the farthest positive and the
+# nearest negative it does not, and the loss stays above the margin.
+#
+# Why does batch-all not collapse, whose loss of 0.28 began above the margin, too? That is the mean over active triplets. Its
+# gradient has the direction of the mean over *all* triplets (chapter [2](02_triplets.ipynb)), which began at 0.60 × 0.28 = 0.17:
+# on a spot that would rise to 0.2.
 #
 # What prevents the collapse are the small batches. There too the squared loss first shrinks the space, to a spread of 0.10, but
 # then it climbs out. More steps alone do not help: after 100 steps of 512 images the spread is 0.02 with either distance, and
@@ -540,7 +546,8 @@ plt.show()
 #
 # Mind how a collapse hides: 7.4 % errors look like a network that has learnt something. But the untrained one has 7.3 % and
 # pixels 6.8 %, and from neither can it be told apart (190 : 198 and 159 : 193). The tiny differences left on the spot are
-# enough for kNN, which does not mind scale. Only the baselines, the spread and the active fraction tell.
+# enough for kNN, which does not mind scale. Spread and active fraction tell that a space has collapsed; whether something was
+# learnt all the same, as without the square, only the baselines tell.
 
 # %% [markdown]
 # ## Exercises
