@@ -3,6 +3,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -459,3 +460,102 @@ def test_what_cannot_be_added_leaves_the_index_as_it_was(kind, added, message):
         index.add(added)
     assert len(index) == 300
     assert all(torch.equal(a, b) for a, b in zip(index.search(queries, 5), before, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(2, 40), st.booleans(), st.booleans(), st.data())
+def test_after_removing_an_index_answers_as_one_made_of_the_rest(kind, n, equal, named, data):
+    gallery = torch.randn(n, 4, generator=torch.Generator().manual_seed(n))
+    gallery = gallery[torch.arange(n) // 2] if equal else gallery
+    gone = data.draw(st.sets(st.integers(0, n - 1), max_size=n - 1))
+    names = [f"{i}.png" for i in range(n)]
+    index = SearchIndex(gallery, kind, ids=names if named else None)
+    index.remove([names[row] for row in gone] if named else torch.tensor(sorted(gone)).long())
+    kept = [row for row in range(n) if row not in gone]
+    assert len(index) == len(kept)
+    assert index.ids == ([names[row] for row in kept] if named else None)
+    options = {} if kind == "exact" else {"effort": 100}
+    for rest in (gallery[kept], torch.cat([gallery[kept], gallery[:3]])):
+        distances, found = index.search(gallery, len(rest), **options)
+        assert torch.equal(found.sort(dim=1).values, torch.arange(len(rest)).expand(n, -1))
+        right = torch.cdist(gallery, rest)
+        torch.testing.assert_close(distances, right.sort(dim=1).values, atol=2e-3, rtol=0)
+        torch.testing.assert_close(distances, right.gather(1, found), atol=2e-3, rtol=0)
+        if len(rest) == len(kept):
+            index.add(gallery[:3], [f"{i}.jpg" for i in range(min(n, 3))] if named else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("ids", [["a/é.png", "b/名.png", "c"], [7, -1, 10**12]])
+def test_ids_go_into_the_file_and_come_back(kind, equal, ids, tmp_path):
+    gallery = torch.eye(3)[[0, 0, 1]] if equal else torch.eye(3)
+    SearchIndex(gallery, kind, ids=ids).save(tmp_path / "kept.index")
+    index = SearchIndex.load(tmp_path / "kept.index")
+    assert index.ids == ids
+    assert [index.ids[row] for row in index.search(gallery[2:], 1)[1][0]] == ids[2:]
+    index.remove(ids[:1])
+    index.add(gallery[:1], ids[:1])
+    assert index.ids == [*ids[1:], ids[0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ("abc", TypeError, "ids must be a sequence of str or of int, got str"),
+        (3, TypeError, "ids must be a sequence of str or of int, got int"),
+        (["a", "b"], ValueError, "ids must be 3, one for each row of embeddings, got 2"),
+        (["a", "b", "a"], ValueError, "ids must be distinct, got 'a' twice"),
+        (["a", "b", 3], TypeError, "ids must be all str or all int, got int, str"),
+        ([1, 2, True], TypeError, "ids must be all str or all int, got bool, int"),
+        ([0.5, 1.0, 2.0], TypeError, "ids must be all str or all int, got float"),
+    ],
+)
+def test_bad_ids_are_refused_and_leave_the_index_as_it_was(ids, error, message):
+    with pytest.raises(error, match=message):
+        SearchIndex(torch.eye(3), ids=ids)
+    index = SearchIndex(torch.eye(2, 3), ids=["x", "y"])
+    with pytest.raises((TypeError, ValueError), match="ids must be"):
+        index.add(torch.eye(3), ids)
+    assert (len(index), index.ids, index.index.ntotal) == (2, ["x", "y"], 2)
+
+
+def test_ids_are_for_all_embeddings_or_for_none():
+    with pytest.raises(ValueError, match="this one has no ids"):
+        SearchIndex(torch.eye(3)).add(torch.eye(3), ["a", "b", "c"])
+    with pytest.raises(ValueError, match="this one has ids"):
+        SearchIndex(torch.eye(3), ids=[1, 2, 3]).add(torch.eye(3))
+    with pytest.raises(ValueError, match="ids must be distinct, got 2 twice"):
+        SearchIndex(torch.eye(3), ids=[1, 2, 3]).add(torch.eye(1, 3), [2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_removed_leaves_the_index_as_it_was(kind):
+    index = SearchIndex(points(30), kind)
+    for which, error in (([3, 30], KeyError), ([-1], KeyError), (range(30), ValueError)):
+        with pytest.raises(error, match="which must"):
+            index.remove(which)
+        assert len(index) == index.index.ntotal == 30
+    index.remove([])
+    index.remove([4, 4])
+    assert len(index) == 29
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_threads_that_search_with_different_effort_do_not_disturb_each_other(kind):
+    index, queries = SearchIndex(points(5000), kind), points(500, seed=1)
+    efforts = [1, 2, 4, 300] * 8
+    alone = {effort: index.search(queries, 10, effort=effort)[1] for effort in set(efforts)}
+    assert not torch.equal(alone[1], alone[300])
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda e: index.search(queries, 10, effort=e)[1], efforts))
+    for effort, found in zip(efforts, together, strict=True):
+        assert torch.equal(found, alone[effort])
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_effort_has_a_largest_value(kind):
+    index = SearchIndex(points(50), kind)
+    index.search(points(3), 5, effort=2**31 - 1)
+    with pytest.raises(ValueError, match="effort must be at most 2147483647, got 2147483648"):
+        index.search(points(3), 5, effort=2**31)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -20,8 +23,10 @@ from tripletlib._validation import check_choice, check_count, check_points
 _KINDS = {"exact": "Flat", "hnsw": "HNSW32", "ivf": "IVF{cells},Flat"}
 _CODES = {b"IxF2": "exact", b"IHNf": "hnsw", b"IwFl": "ivf"}
 _EFFORT = {"hnsw": 64, "ivf": 16}
+_MOST_EFFORT = 2**31 - 1  # what FAISS's integers hold
 _MAGIC = b"tripletlib search index 1\n"
 _MAGIC_GROUPED = b"tripletlib search index 2\n"  # with a table of equal embeddings before FAISS's
+_MAGIC_IDS = b"tripletlib search index 3\n"  # with the ids, and the table if there is one
 _DIGEST_BYTES = hashlib.sha256().digest_size
 # A smaller number's square is lost to float32's least, as it would be to rounding beside 1.
 _LEAST = (torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps) ** 0.5
@@ -31,9 +36,9 @@ class SearchIndex:
     """Find the nearest of many embeddings with FAISS, exactly or approximately.
 
     A thin cover around one FAISS index: tensors in and out, checked arguments, Euclidean distances,
-    and files that are known to be whole. The FAISS index itself is in ``.index``. Of kind "hnsw" it
-    holds embeddings that are equal once: its walk would not find its way out of many. All their
-    rows are found nevertheless.
+    files that are known to be whole, and ids of your own, say file names, in ``.ids``. The FAISS
+    index itself is in ``.index``. Threads may search at once, each with an effort of its own, as
+    long as none adds or removes.
 
     Parameters
     ----------
@@ -42,15 +47,22 @@ class SearchIndex:
     kind : {"exact", "hnsw", "ivf"}, default "exact"
         - "exact" compares a query with every embedding.
         - "hnsw" walks a graph of 32 neighbours an embedding from one to the next that is nearer:
-          fast to search, slow to build, and a quarter of a kilobyte more an embedding.
+          fast to search, slow to build, and a quarter of a kilobyte more an embedding. Out of many
+          that are the same its walk would not find the way, so it holds those that are *equal*
+          once (all their rows are found nevertheless); of hundreds of *nearly* equal ones it may
+          miss what lies behind them, unless `effort` is larger than their number.
         - "ivf" sorts the embeddings into about sqrt(n) cells by k-means, with a fixed seed, and
           looks into the cells nearest to the query: quick to build.
+    ids : sequence of str or of int, optional
+        A name for each embedding, no two the same. What `search` returns are rows, and
+        ``index.ids[row]`` is the name.
 
     Raises
     ------
     TypeError, ValueError
         If embeddings is not a finite floating-point matrix of at least one row and column, its
-        squared distances leave float32's range, or kind is none of the three.
+        squared distances leave float32's range, kind is none of the three, or ids are not one a
+        row, of another type, or not distinct.
     ImportError
         If FAISS is not installed (``pip install faiss-cpu``).
 
@@ -70,6 +82,13 @@ class SearchIndex:
     >>> index.add(torch.tensor([[0.0, 1.0]]))
     >>> index.search(torch.zeros(1, 2), k=2)
     (tensor([[0., 1.]]), tensor([[0, 3]]))
+    >>> photographs = SearchIndex(torch.eye(2), ids=["dog.png", "cat.png"])
+    >>> _, rows = photographs.search(torch.tensor([[0.1, 0.9]]), k=1)
+    >>> photographs.ids[int(rows)]
+    'cat.png'
+    >>> photographs.remove(["cat.png"])
+    >>> photographs.ids
+    ['dog.png']
 
     References
     ----------
@@ -78,11 +97,18 @@ class SearchIndex:
     world graphs", arXiv 1603.09320, 2016.
     """
 
-    def __init__(self, embeddings: Tensor, kind: Literal["exact", "hnsw", "ivf"] = "exact") -> None:
+    def __init__(
+        self,
+        embeddings: Tensor,
+        kind: Literal["exact", "hnsw", "ivf"] = "exact",
+        *,
+        ids: Sequence[str] | Sequence[int] | None = None,
+    ) -> None:
         check_choice(kind, _KINDS, "kind")
         points = _as_array(embeddings, "embeddings", _LEAST)
         if points.size == 0:
             raise ValueError(f"embeddings must not be empty, got shape {points.shape}")
+        self.ids = None if ids is None else _checked_ids(ids, len(points))
         cells = max(1, round(len(points) ** 0.5))
         self.kind = kind
         self._group = None
@@ -101,7 +127,7 @@ class SearchIndex:
     def __repr__(self) -> str:
         return f"SearchIndex of {len(self)} embeddings of {self.index.d} numbers, {self.kind}"
 
-    def add(self, embeddings: Tensor) -> None:
+    def add(self, embeddings: Tensor, ids: Sequence[str] | Sequence[int] | None = None) -> None:
         """Add embeddings, whose rows are counted on from those that are there.
 
         Parameters
@@ -109,15 +135,21 @@ class SearchIndex:
         embeddings : Tensor, floating point, shape (m, d)
             None at all is allowed. The cells of "ivf" stay where the first embeddings put them:
             make a new index when it has grown manifold, or when what is added lies elsewhere.
+        ids : sequence of str or of int
+            Their names, if the index has names, and none otherwise.
 
         Raises
         ------
         TypeError, ValueError
-            As when the index was made, or if the columns are not those of the index, which is then
-            as it was before.
+            As when the index was made, if the columns are not those of the index, or ids are given
+            to an index without or not given to one with. The index is then as it was before.
         """
         points = _as_array(embeddings, "embeddings", _LEAST)
         self._check_columns(points, "embeddings")
+        if (ids is None) != (self.ids is None):
+            has = "no ids" if self.ids is None else "ids"
+            raise ValueError(f"ids must be given to an index with ids only; this one has {has}")
+        new_ids = [] if ids is None else _checked_ids(ids, len(points), self.ids)
         if self.kind == "hnsw":
             held = self.index.reconstruct_n(0, self.index.ntotal)
             kept, group = _distinct(np.concatenate([held, points]))
@@ -127,6 +159,58 @@ class SearchIndex:
                 self._group = np.concatenate([before, group[len(held) :]])
             points = kept[len(held) :]
         self.index.add(points)
+        if self.ids is not None:
+            self.ids += new_ids
+
+    def remove(self, which: Iterable[str] | Iterable[int] | Tensor) -> None:
+        """Take embeddings out; the rows of those that follow move up, as in a list.
+
+        An index of kind "hnsw" builds its graph anew, which takes as long as at first; the cells of
+        "ivf" stay where they are.
+
+        Parameters
+        ----------
+        which : iterable of ids, or of rows if the index has no ids
+            At least one embedding must stay.
+
+        Raises
+        ------
+        KeyError
+            If one of them is not in the index, which is then as it was before.
+        ValueError
+            If none would stay.
+        """
+        rows = self._rows(which)
+        kept = np.delete(np.arange(len(self)), rows)
+        if len(kept) == 0:
+            raise ValueError("which must leave at least one embedding, got all of them")
+        points = self._vectors()[kept]
+        if self.kind == "hnsw":
+            points, self._group = _distinct(points)
+        self.index.reset()  # forgets what was added, and keeps the cells of "ivf"
+        self.index.add(points)
+        if self.ids is not None:
+            self.ids = [self.ids[row] for row in kept]
+
+    def _rows(self, which: Iterable[str] | Iterable[int] | Tensor) -> list[int]:
+        """Give the rows of ids, or check rows."""
+        names = range(len(self)) if self.ids is None else self.ids
+        row_of = {name: row for row, name in enumerate(names)}
+        which = which.tolist() if isinstance(which, (Tensor, np.ndarray)) else list(which)
+        for name in which:
+            if name not in row_of:
+                what = "rows" if self.ids is None else "ids"
+                raise KeyError(f"which must hold {what} of the index, got {name!r}")
+        return sorted({row_of[name] for name in which})
+
+    def _vectors(self) -> np.ndarray:
+        """Give the embeddings back, row by row."""
+        if self.kind == "ivf":
+            self.index.make_direct_map()  # where each row lies
+        held = self.index.reconstruct_n(0, self.index.ntotal)
+        if self.kind == "ivf":
+            self.index.make_direct_map(False)
+        return held if self._group is None else held[self._group]
 
     def _check_columns(self, points: np.ndarray, name: str) -> None:
         if points.shape[1] != self.index.d:
@@ -169,10 +253,10 @@ class SearchIndex:
         check_count(k, "k")
         if k > len(self):
             raise ValueError(f"k must be at most the {len(self)} embeddings, got {k}")
-        self._try_as_hard_as(effort)
+        options = self._options(effort)
         k = int(k)  # FAISS takes no integer of NumPy's
         entries = min(k, self.index.ntotal)
-        squared, indices = self.index.search(points, entries)
+        squared, indices = _search(self.index, points, entries, options)
         short = (indices < 0).any(axis=1)
         if short.any():
             squared[short], indices[short] = self._search_exactly(points[short], entries)
@@ -181,25 +265,25 @@ class SearchIndex:
         # Rounding may leave a zero a little below zero.
         return torch.from_numpy(np.sqrt(squared.clip(min=0))), torch.from_numpy(indices)
 
-    def _try_as_hard_as(self, effort: int | None) -> None:
-        # As attributes of the index: search(..., params=...) is lost where another package has
-        # imported faiss.contrib.torch_utils, as pytorch-metric-learning does.
+    def _options(self, effort: int | None) -> object | None:
+        """Tell FAISS how hard to try, in a search and not as an attribute that others share."""
         if self.kind == "exact":
             if effort is not None:
                 raise ValueError(f"effort is for approximate indices only, got {effort!r}")
-            return
+            return None
         effort = _EFFORT[self.kind] if effort is None else effort
         check_count(effort, "effort")
+        if effort > _MOST_EFFORT:
+            raise ValueError(f"effort must be at most {_MOST_EFFORT}, got {effort}")
         if self.kind == "hnsw":
-            self.index.hnsw.efSearch = int(effort)
-        else:
-            self.index.nprobe = min(int(effort), self.index.nlist)
+            return _faiss().SearchParametersHNSW(efSearch=int(effort))
+        return _faiss().SearchParametersIVF(nprobe=min(int(effort), self.index.nlist))
 
     def _search_exactly(self, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.kind == "hnsw":
-            return self.index.storage.search(points, k)
-        self.index.nprobe = self.index.nlist
-        return self.index.search(points, k)
+            return _search(self.index.storage, points, k, None)
+        every = _faiss().SearchParametersIVF(nprobe=self.index.nlist)
+        return _search(self.index, points, k, every)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the index to a file, whole or not at all.
@@ -219,6 +303,9 @@ class SearchIndex:
         if self._group is not None:
             parts = [len(self).to_bytes(8, "little"), self._group.astype("<i8").tobytes(), *parts]
         magic = _MAGIC if self._group is None else _MAGIC_GROUPED
+        if self.ids is not None:
+            about = json.dumps({"ids": self.ids, "grouped": self._group is not None}).encode()
+            magic, parts = _MAGIC_IDS, [len(about).to_bytes(8, "little"), about, *parts]
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
@@ -256,13 +343,17 @@ class SearchIndex:
         """
         content = memoryview(Path(os.path.expanduser(path)).read_bytes())
         magic, header = content[: len(_MAGIC)], len(_MAGIC) + _DIGEST_BYTES
-        if magic not in (_MAGIC, _MAGIC_GROUPED):
+        if magic not in (_MAGIC, _MAGIC_GROUPED, _MAGIC_IDS):
             raise ValueError(f"{path} is not an index saved by SearchIndex")
         if hashlib.sha256(content[header:]).digest() != content[len(_MAGIC) : header]:
             raise ValueError(f"{path} is damaged (its SHA-256 differs): build and save it anew")
         payload, loaded = content[header:], cls.__new__(cls)
-        loaded._group = None
-        if magic == _MAGIC_GROUPED:
+        loaded.ids, loaded._group, grouped = None, None, magic == _MAGIC_GROUPED
+        if magic == _MAGIC_IDS:
+            end = 8 + int.from_bytes(payload[:8], "little")
+            about, payload = json.loads(bytes(payload[8:end])), payload[end:]
+            loaded.ids, grouped = about["ids"], about["grouped"]
+        if grouped:
             end = 8 * (1 + int.from_bytes(payload[:8], "little"))
             loaded._group, payload = np.frombuffer(payload[8:end], "<i8"), payload[end:]
         # Before FAISS sees it: some versions kill the process over a code that they do not know.
@@ -274,6 +365,41 @@ class SearchIndex:
         except RuntimeError as error:
             raise ValueError(f"{path} was written by another version of FAISS ({error})") from error
         return loaded
+
+
+def _checked_ids(
+    ids: Sequence[str] | Sequence[int], length: int, taken: Iterable[str | int] | None = None
+) -> list[str] | list[int]:
+    """Refuse anything but one id an embedding, all strings or all whole numbers, none twice."""
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise TypeError(f"ids must be a sequence of str or of int, got {type(ids).__name__}")
+    ids = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else list(ids)
+    if len(ids) != length:
+        raise ValueError(f"ids must be {length}, one for each row of embeddings, got {len(ids)}")
+    before = [] if taken is None else list(taken)
+    kinds = {type(name) for name in before + ids}
+    if len(kinds) > 1 or not kinds <= {str, int}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"ids must be all str or all int, got {names}")
+    twice = next((name for name, count in Counter(before + ids).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"ids must be distinct, got {twice!r} twice")
+    return ids
+
+
+def _search(
+    index: object, points: np.ndarray, k: int, options: object | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search with options that hold for this search alone.
+
+    By the method in C, which FAISS keeps under this name: ``search(..., params=...)`` is lost where
+    another package has imported faiss.contrib.torch_utils, as pytorch-metric-learning does.
+    """
+    squared = np.empty((len(points), k), np.float32)
+    indices = np.empty((len(points), k), np.int64)
+    at = _faiss().swig_ptr
+    index.search_c(len(points), at(points), k, at(squared), at(indices), options)
+    return squared, indices
 
 
 def _distinct(points: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
