@@ -230,7 +230,11 @@ class Several(SmallNet):
     [
         ({"network": len}, TypeError, "network must be an nn.Module with parameters"),
         ({"network": nn.Flatten()}, TypeError, "network must be an nn.Module with parameters"),
-        ({"images": IMAGES.numpy()}, TypeError, "images must be a torch.Tensor, got ndarray"),
+        (
+            {"images": IMAGES.numpy()},
+            TypeError,
+            "images must be a torch.Tensor or a map-style torch Dataset, got ndarray",
+        ),
         ({"images": IMAGES.byte()}, TypeError, "images must be floating point, got torch.uint8"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, ValueError, "at least one image"),
         ({"images": IMAGES[:1], "labels": LABELS[:1]}, ValueError, "at least 2, got 1"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from tripletlib._cache import cache_folder
 from tripletlib._validation import check_count, warn
@@ -15,8 +16,8 @@ from tripletlib.training import History, fit, materialise
 
 def load_or_fit(
     make_network: Callable[[], nn.Module],
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | Dataset,
+    labels: Tensor | Sequence[str] | None = None,
     *,
     seed: int = 0,
     retrain: bool = False,
@@ -32,7 +33,7 @@ def load_or_fit(
     ----------
     make_network : callable
         Builds the untrained network, for instance ``EmbeddingNet``.
-    images, labels : Tensor
+    images, labels
         As for `fit`.
     seed : int, default 0
         Fixes the initial weights too.
@@ -52,7 +53,8 @@ def load_or_fit(
     -----
     A run is known by all that determines its result:
 
-    - images and labels, number for number;
+    - images and labels, number for number; of a data set its attributes, transforms and code, and
+      of each file that it lists the path, the size and the time of its last change;
     - what `make_network` built: its initial weights, all its attributes, and its code;
     - the loss, the augmentation and the batch sampler, with their attributes (whether ``repr``
       prints them or not), weights, hooks, closures, default arguments and random generators, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -17,11 +18,19 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import BatchSampler, RandomSampler
+from torch.utils.data import BatchSampler, Dataset, RandomSampler, Subset
 from tqdm import tqdm
 
 from tripletlib._optimizer import optimizers
 from tripletlib._precision import no_autocast
+from tripletlib._reading import (
+    Reader,
+    as_labels,
+    check_dataset,
+    file_stamps,
+    labels_of,
+    number_of_workers,
+)
 from tripletlib._validation import (
     check_count,
     check_images,
@@ -79,8 +88,8 @@ class History:
 
 def fit(
     network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | Dataset,
+    labels: Tensor | Sequence[str] | None = None,
     *,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     epochs: int = 2,
@@ -92,6 +101,7 @@ def fit(
     bf16: bool | None = None,
     checkpoint: str | os.PathLike | None = None,
     callback: Callable[[History], None] | None = None,
+    workers: int | None = None,
     progress: bool = True,
 ) -> History:
     """Train a network so that its embeddings satisfy a loss.
@@ -106,10 +116,15 @@ def fit(
         where its parameters are. What is frozen stays so, running means too: any part none of whose
         parameters requires a gradient, and of a network in training mode the parts in evaluation
         mode.
-    images : Tensor, floating point, shape (n, ...)
-        All training images. Each is looked at once an epoch.
+    images : Tensor, floating point, shape (n, ...), or Dataset
+        All training images. Each is looked at once an epoch. A map-style data set, torchvision's
+        ``ImageFolder``, say, is read batch by batch, so that memory does not grow with it; its
+        items are (image, label), images of one batch are of one shape, and what its transforms
+        draw at random comes from the global generators of torch, NumPy or Python.
     labels : Tensor of integers, shape (n,)
-        Their classes.
+        Their classes. Of a data set also a sequence of words, and by default its ``targets``,
+        through ``Subset`` and ``ConcatDataset`` too; where it has none, all its items are read
+        once for them.
     loss : callable, optional
         Takes (embeddings, labels) and returns a scalar; any loss of this package, of
         pytorch-metric-learning or of torch. One that is a module is brought to the network's
@@ -127,10 +142,12 @@ def fit(
         as they were. By default drawn from torch's global generator.
     augment : callable or False, optional
         Changes a batch of images before the network sees it. By default `jitter` if the images
-        have shape (n, channels, height, width), and nothing otherwise; False for nothing.
+        are a tensor of shape (n, channels, height, width), and nothing otherwise: a data set has
+        transforms for that. False for nothing.
     batch_sampler : iterable of sequences of indices, optional
         Replaces the shuffled batches, for instance a `BalancedBatchSampler`; it has a length, and
-        `batch_size` is then of no effect. A batch is a list, tuple, range, array or tensor.
+        `batch_size` is then of no effect. A batch is a list, tuple, range, array or tensor. With
+        a data set, the batches of an epoch are drawn at its start.
     bf16 : bool, optional
         Run the network in bfloat16 (autocast). By default only where that is faster without doubt:
         on a CPU with AMX. The loss is always computed in float32.
@@ -141,6 +158,9 @@ def fit(
         counts as the same run is said at `load_or_fit`.
     callback : callable, optional
         Called with the history so far after every step.
+    workers : int, optional
+        Processes that read a data set; the result is the same for any number. By default one a
+        core, up to 4, where the system starts processes by forking (Linux), and none elsewhere.
     progress : bool, default True
         Show a bar with the loss and the active fraction.
 
@@ -157,6 +177,8 @@ def fit(
         is damaged or was made with other code, data, network or settings.
     FloatingPointError
         If the loss is not finite.
+    RuntimeError
+        If an item of a data set cannot be read; the message names it.
     OSError
         If the checkpoint cannot be written there; found out before training begins.
 
@@ -166,6 +188,8 @@ def fit(
     rising for a fifth of the steps. Muon is that of K. Jordan et al., 2024.
     """
     loss = TripletLoss() if loss is None else loss
+    workers = number_of_workers(workers)
+    labels = _labels(images, labels, workers, progress=progress)
     _check_arguments(
         *(network, loss, images, labels, epochs, batch_size, learning_rate),
         *(batch_sampler, augment, callback, bf16),
@@ -175,7 +199,9 @@ def fit(
     epochs, batch_size, learning_rate = int(epochs), int(batch_size), float(learning_rate)
     if count_valid(labels) == 0:
         warn("labels hold no triplet, which takes two images of one class and one of another")
-    augment = jitter if augment is None and images.dim() == 4 else augment
+    in_memory = isinstance(images, Tensor)
+    if augment is None and in_memory and images.dim() == 4:
+        augment = jitter
     device = next(network.parameters()).device
     bf16 = _has_fast_bf16(device) if bf16 is None else bf16
     if batch_sampler is None:
@@ -196,14 +222,16 @@ def fit(
         if checkpoint is not None:
             numbers = (epochs, batch_size, learning_rate, bf16)
             settings = {"settings": numbers, "augment": augment, "batch_sampler": batch_sampler}
-            run.attach(checkpoint, (images, labels), settings, seed_given=seed is not None)
+            data = (images, labels, [] if in_memory else file_stamps(images))
+            run.attach(checkpoint, data, settings, seed_given=seed is not None)
         start = time.perf_counter() - (run.history.rows[-1]["seconds"] if run.history else 0.0)
-        with _progress_bar(run, progress) as bar:
+        reading = nullcontext() if in_memory else Reader(images, workers)
+        with _progress_bar(run, progress) as bar, reading as reader:
             for epoch in range(run.epoch, epochs):
                 _seed_all(run.seed, epoch)
-                for batch in batch_sampler:
-                    places = _places(batch, len(images))
-                    row = run.step(images[places].to(device), labels[places].to(device))
+                batches = _batches(images, labels, batch_sampler, reader, (run.seed, epoch))
+                for batch, of_batch in batches:
+                    row = run.step(batch.to(device), of_batch.to(device))
                     row |= {"epoch": epoch, "seconds": time.perf_counter() - start}
                     shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
                     bar.set_postfix(shown, refresh=False)
@@ -288,7 +316,7 @@ class _Run:
     def attach(
         self,
         checkpoint: str | os.PathLike | Checkpoint,
-        data: tuple[Tensor, Tensor],
+        data: tuple[Tensor | Dataset, Tensor, list],
         settings: dict[str, object],
         *,
         seed_given: bool,
@@ -320,10 +348,41 @@ class _Run:
         return [*self._modules(), *self.optimizers, *self.schedules]
 
 
-def materialise(network: nn.Module, images: Tensor) -> None:
+def materialise(network: nn.Module, images: Tensor | Dataset) -> None:
     """Give the parameters of lazy layers, which learn their shapes from data, shape and value."""
     if any(map(is_lazy, [*network.parameters(), *network.buffers()])):
-        embed(network, images[:2])
+        first = images[:2] if isinstance(images, Tensor) else Subset(images, range(2))
+        embed(network, first, workers=0)
+
+
+def _labels(images: object, labels: object, workers: int, *, progress: bool) -> Tensor | object:
+    """Find the labels of a data set; those of a tensor are what was given."""
+    if isinstance(images, Tensor):
+        return labels
+    check_dataset(images)
+    if labels is None:
+        return labels_of(images, workers, progress=progress)
+    return labels if isinstance(labels, Tensor) else as_labels(list(labels))
+
+
+def _batches(
+    images: Tensor | Dataset,
+    labels: Tensor,
+    batch_sampler: Iterable[Sequence[int]],
+    reader: Reader | None,
+    seeds: tuple[int, int],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images and labels of the batches of an epoch, of a data set read ahead."""
+    if reader is None:
+        for batch in batch_sampler:
+            places = _places(batch, len(images))
+            yield images[places], labels[places]
+        return
+    # One more than there should be, for the check that there is none.
+    drawn = itertools.islice(batch_sampler, len(batch_sampler) + 1)
+    drawn = [_places(batch, len(images)) for batch in drawn]
+    for places, batch in zip(drawn, reader.read(drawn, seeds), strict=True):
+        yield batch, labels[places]
 
 
 def _start_training(network: nn.Module) -> None:
@@ -352,17 +411,26 @@ def _plain(row: dict[str, object]) -> dict[str, object]:
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
 
 
-def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
+def embed(
+    network: nn.Module,
+    images: Tensor | Dataset,
+    batch_size: int = 512,
+    *,
+    workers: int | None = None,
+) -> Tensor:
     """Return the embeddings of images, in batches, without gradients and without autocast.
 
     Parameters
     ----------
     network : nn.Module
         Put in evaluation mode for the while, so that a row does not depend on its batch.
-    images : Tensor, floating point, shape (n, ...)
-        What the network takes.
+    images : Tensor, floating point, shape (n, ...), or Dataset
+        What the network takes. A map-style data set of images, or of tuples that begin with one,
+        is read batch by batch.
     batch_size : int, default 512
         Images at a time; the rows are the same for any, up to rounding.
+    workers : int, optional
+        Processes that read a data set, as in `fit`.
 
     Returns
     -------
@@ -372,21 +440,28 @@ def embed(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        If network or what it gives is of another type, images is not a floating-point tensor of at
-        least one image, or batch_size is below 1.
+        If network or what it gives is of another type, images are not floating point, not at least
+        one, or not of one shape, or batch_size is below 1.
+    RuntimeError
+        If an item of a data set cannot be read; the message names it.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be an nn.Module, got {type(network).__name__}")
-    check_images(images)
+    check_images(images) if isinstance(images, Tensor) else check_dataset(images)
     check_count(batch_size, "batch_size")
+    workers = number_of_workers(workers)
     device = next(network.parameters(), torch.empty(0)).device
     training = [module for module in network.modules() if module.training]
     if training:
         network.eval()
     try:
         with torch.no_grad(), no_autocast(device):
-            parts = images.split(int(batch_size))
-            return torch.cat([_rows(network(part.to(device))) for part in parts])
+            if isinstance(images, Tensor):
+                parts = images.split(int(batch_size))
+                return torch.cat([_rows(network(part.to(device))) for part in parts])
+            with Reader(images, workers) as reader:
+                parts = reader.read(torch.arange(len(images)).split(int(batch_size)), [0])
+                return torch.cat([_rows(network(part.to(device))) for part in parts])
     finally:
         for module in training:
             module.training = True
@@ -401,7 +476,7 @@ def _rows(output: object) -> Tensor:
 def _check_arguments(
     network: nn.Module,
     loss: object,
-    images: Tensor,
+    images: Tensor | Dataset,
     labels: Tensor,
     epochs: int,
     batch_size: int,
@@ -423,7 +498,8 @@ def _check_arguments(
         raise TypeError(f"bf16 must be True, False or None, got {bf16!r}")
     if not _is_trained(network) and not _is_trained(loss):
         raise ValueError("network must have a parameter that requires a gradient, got none")
-    check_images(images)
+    if isinstance(images, Tensor):
+        check_images(images)
     check_labels(labels, len(images), of="images")
     if len(images) < 2:
         raise ValueError(f"images must be at least 2, got {len(images)}")
