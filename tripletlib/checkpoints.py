@@ -17,7 +17,7 @@ from tripletlib._validation import warn
 from tripletlib.identity import UnidentifiableError, identify, set_state, state_of
 
 Parts = Mapping[str, Mapping[str, object]]
-_FIELDS = {"origin", "seed", "moved", "after", "parts", "history", "epoch", "finished"}
+_FIELDS = {"origin", "seed", "moved", "after", "parts", "history", "epoch", "finished", "best"}
 
 
 class Origin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -11,13 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, Subset
 from tqdm import tqdm
 
@@ -58,7 +60,9 @@ class History:
     - ``positive_distance`` and ``negative_distance``, the mean over the batch's pairs of one and of
       different classes, squared unless the loss has ``squared=False``;
     - ``spread``, how far the batch's embeddings lie apart (see `describe_triplets`);
-    - ``learning_rate``, and ``seconds`` since training began, resting times left out.
+    - ``learning_rate``, and ``seconds`` since training began, resting times left out;
+    - ``validation``, if `fit` was given `validate`: what that returned after the epoch, in the row
+      of its last step, and NaN in the others.
     """
 
     def __init__(self, rows: Iterable[dict[str, float]] = ()) -> None:
@@ -99,8 +103,14 @@ def fit(
     augment: Callable[[Tensor], Tensor] | Literal[False] | None = None,
     batch_sampler: Iterable[Sequence[int]] | None = None,
     bf16: bool | None = None,
+    optimizer: torch.optim.Optimizer
+    | Callable[[list[Tensor]], torch.optim.Optimizer]
+    | None = None,
+    schedule: Callable[[torch.optim.Optimizer, int], LRScheduler] | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    patience: int | None = None,
     checkpoint: str | os.PathLike | None = None,
-    callback: Callable[[History], None] | None = None,
+    callback: Callable[[History], bool | None] | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> History:
@@ -151,13 +161,27 @@ def fit(
     bf16 : bool, optional
         Run the network in bfloat16 (autocast). By default only where that is faster without doubt:
         on a CPU with AMX. The loss is always computed in float32.
+    optimizer : Optimizer or callable, optional
+        Takes the place of Muon and AdamW, and of their schedule; `learning_rate` is then of no
+        effect. A callable, ``partial(torch.optim.SGD, lr=0.01)``, say, gets all parameters that
+        require a gradient; an instance has some of them, in groups with rates of their own.
+    schedule : callable, optional
+        Takes (optimizer, number of steps) and returns one of torch's schedules, which moves on
+        after each step. Only with `optimizer`, whose rates stay as they are by default.
+    validate : callable, optional
+        Takes the network, in evaluation mode and without gradients, and returns a number, say the
+        Recall@1 on images held back; more is better. Called after each epoch. At the end the
+        network has the weights of the best epoch.
+    patience : int, optional
+        End when so many epochs in turn brought no better number from `validate`.
     checkpoint : path, optional
         Written whole after each epoch. If it exists, training goes on from there, to the same
         weights as without a break, and with its seed if none is given; a finished one is just
         loaded. In an existing folder, the file is named after all that the run comes from. What
         counts as the same run is said at `load_or_fit`.
     callback : callable, optional
-        Called with the history so far after every step.
+        Called with the history so far after every step. If it returns True, training ends there;
+        a checkpoint then holds the whole epochs before.
     workers : int, optional
         Processes that read a data set; the result is the same for any number. By default one a
         core, up to 4, where the system starts processes by forking (Linux), and none elsewhere.
@@ -194,6 +218,7 @@ def fit(
         *(network, loss, images, labels, epochs, batch_size, learning_rate),
         *(batch_sampler, augment, callback, bf16),
     )
+    _check_choices(optimizer, schedule, validate, patience)
     check_count(0 if seed is None else seed, "seed", low=0)
     # Plain numbers, as PyTorch and files want them, of NumPy's.
     epochs, batch_size, learning_rate = int(epochs), int(batch_size), float(learning_rate)
@@ -218,30 +243,110 @@ def fit(
         _start_training(network)
         if isinstance(loss, nn.Module):
             _freeze(loss)
-        run = _Run(network, loss, learning_rate, epochs * len(batch_sampler), augment, bf16, drawn)
+        steps = epochs * len(batch_sampler)
+        ours = _Steering.of(network, loss, steps, learning_rate, optimizer, schedule)
+        run = _Run(network, loss, ours, steps, augment, bf16, drawn)
         if checkpoint is not None:
-            numbers = (epochs, batch_size, learning_rate, bf16)
+            numbers = (epochs, batch_size, learning_rate, bf16, patience)
             settings = {"settings": numbers, "augment": augment, "batch_sampler": batch_sampler}
+            settings |= {"schedule": schedule, "validate": validate}
+            settings |= {"optimizer": _told(optimizer, run)}
             data = (images, labels, [] if in_memory else file_stamps(images))
             run.attach(checkpoint, data, settings, seed_given=seed is not None)
         start = time.perf_counter() - (run.history.rows[-1]["seconds"] if run.history else 0.0)
         reading = nullcontext() if in_memory else Reader(images, workers)
         with _progress_bar(run, progress) as bar, reading as reader:
             for epoch in range(run.epoch, epochs):
+                if run.patience_is_out(patience):
+                    break
                 _seed_all(run.seed, epoch)
                 batches = _batches(images, labels, batch_sampler, reader, (run.seed, epoch))
                 for batch, of_batch in batches:
                     row = run.step(batch.to(device), of_batch.to(device))
                     row |= {"epoch": epoch, "seconds": time.perf_counter() - start}
+                    row |= {"validation": math.nan} if validate else {}
                     shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
-                    bar.set_postfix(shown, refresh=False)
+                    bar.set_postfix(shown | run.best_shown(), refresh=False)
                     bar.update()
-                    if callback is not None:
-                        callback(run.history)
+                    if callback is not None and callback(run.history) is True:
+                        run.stopped = True
+                        break
+                if run.stopped:
+                    break
+                if validate is not None:
+                    run.validate(validate)
                 run.epoch = epoch + 1
-                run.save(finished=run.epoch == epochs)
+                run.save(finished=run.epoch == epochs or run.patience_is_out(patience))
+        run.take_best()
     network.eval()
     return run.history
+
+
+class _Steering(NamedTuple):
+    """What moves the weights, and what moves its rates."""
+
+    optimizers: list[torch.optim.Optimizer]
+    schedules: list[LRScheduler]
+
+    @classmethod
+    def of(
+        cls,
+        network: nn.Module,
+        loss: object,
+        steps: int,
+        learning_rate: float,
+        optimizer: torch.optim.Optimizer | Callable | None,
+        schedule: Callable | None,
+    ) -> _Steering:
+        """Take the reader's own, or make Muon and AdamW with a one-cycle schedule."""
+        if isinstance(loss, nn.Module):
+            loss.to(next(network.parameters()).device)
+        if optimizer is None:
+            ours = optimizers(network, loss, learning_rate)
+            return cls(ours, [_one_cycle(of, steps) for of in ours])
+        parts = [network, *([loss] if isinstance(loss, nn.Module) else [])]
+        known = {id(weight): weight for part in parts for weight in part.parameters()}
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer([weight for weight in known.values() if weight.requires_grad])
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    f"optimizer must give a torch.optim.Optimizer, got {type(optimizer).__name__}"
+                )
+        held = [weight for group in optimizer.param_groups for weight in group["params"]]
+        strange = next((weight for weight in held if id(weight) not in known), None)
+        if strange is not None:
+            raise ValueError(
+                "optimizer must hold parameters of network or loss, got another of shape "
+                f"{tuple(strange.shape)}"
+            )
+        made = [] if schedule is None else [schedule(optimizer, max(1, steps))]
+        if not all(isinstance(of, LRScheduler) for of in made):
+            raise TypeError(
+                f"schedule must give one of torch's schedules, got {type(made[0]).__name__}"
+            )
+        return cls([optimizer], made)
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        optimizer.defaults["lr"],
+        total_steps=max(1, steps),
+        pct_start=0.2 if steps != 5 else 0.3,  # at a rise of one step torch divides by zero
+        cycle_momentum=False,
+    )
+
+
+def _told(optimizer: object, run: _Run) -> object:
+    """Give what an optimiser is known by: its class, and of each group settings and parameters."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    names = {id(w): name for part in run._modules() for name, w in part.named_parameters()}
+    groups = [
+        group | {"params": [names[id(weight)] for weight in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return type(optimizer), groups
 
 
 class _Run:
@@ -251,31 +356,21 @@ class _Run:
         self,
         network: nn.Module,
         loss: Callable[[Tensor, Tensor], Tensor],
-        learning_rate: float,
+        steering: _Steering,
         steps: int,
         augment: Callable[[Tensor], Tensor] | Literal[False] | None,
         bf16: bool,
         seed: int,
     ) -> None:
-        if isinstance(loss, nn.Module):
-            loss.to(next(network.parameters()).device)
         self.network, self.loss, self.augment, self.bf16 = network, loss, augment, bf16
-        self.optimizers = optimizers(network, loss, learning_rate)
-        self.schedules = [
-            torch.optim.lr_scheduler.OneCycleLR(
-                optimizer,
-                optimizer.defaults["lr"],
-                total_steps=max(1, steps),
-                pct_start=0.2 if steps != 5 else 0.3,  # at a rise of one step torch divides by zero
-                cycle_momentum=False,
-            )
-            for optimizer in self.optimizers
-        ]
+        self.optimizers, self.schedules = steering
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.weights = [weight for group in groups for weight in group["params"]]
         self.steps, self.seed = steps, seed
         self.history = History()
         self.epoch = 0
+        self.stopped = False
+        self.best: dict[str, object] | None = None  # number, epoch and weights
         self.checkpoint: Checkpoint | None = None
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -298,7 +393,7 @@ class _Run:
         row = {
             "step": step,
             "loss": value.item(),
-            "learning_rate": self.schedules[0].get_last_lr()[0],
+            "learning_rate": float(self.optimizers[0].param_groups[0]["lr"]),
         }
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -307,9 +402,8 @@ class _Run:
         for weight in self.weights:
             if weight.grad is not None and weight.grad.is_sparse:  # our optimisers are for dense
                 weight.grad = weight.grad.to_dense()
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+        for part in [*self.optimizers, *self.schedules]:
+            part.step()
         self.history.rows.append(row | _triplet_columns(embeddings, labels, self.loss))
         return self.history.rows[-1]
 
@@ -332,14 +426,41 @@ class _Run:
             for part, of_part in zip(self._parts(), state["parts"], strict=True):
                 part.load_state_dict(of_part)
             self.history.rows[:] = state["history"]
-            self.epoch, self.seed = state["epoch"], origin.seed
+            self.epoch, self.seed, self.best = state["epoch"], origin.seed, state["best"]
 
     def save(self, *, finished: bool) -> None:
         """Write the checkpoint whole, if there is to be one."""
         if self.checkpoint is not None:
             parts = [part.state_dict() for part in self._parts()]
-            state = {"parts": parts, "epoch": self.epoch, "finished": finished}
+            state = {"parts": parts, "epoch": self.epoch, "finished": finished, "best": self.best}
             self.checkpoint.save(state | {"history": [_plain(row) for row in self.history.rows]})
+
+    def validate(self, measure: Callable[[nn.Module], float]) -> None:
+        """Measure the network after an epoch, and keep its weights if they are the best so far."""
+        with _evaluating(self.network), torch.no_grad():
+            value = measure(self.network)
+        value = value.item() if isinstance(value, (Tensor, np.generic)) else value
+        check_number(value, "what validate returns", low=-math.inf)
+        self.history.rows[-1]["validation"] = float(value)
+        if self.best is None or value > self.best["value"]:
+            weights = [copy.deepcopy(module.state_dict()) for module in self._modules()]
+            self.best = {"value": float(value), "epoch": self.epoch, "weights": weights}
+
+    def patience_is_out(self, patience: int | None) -> bool:
+        """Whether so many epochs have brought nothing better."""
+        if patience is None or self.best is None:
+            return False
+        return self.epoch - self.best["epoch"] > patience
+
+    def best_shown(self) -> dict[str, str]:
+        """Give what a progress bar shows of the best epoch."""
+        return {} if self.best is None else {"best validation": f"{self.best['value']:.4g}"}
+
+    def take_best(self) -> None:
+        """Go back to the weights of the best epoch, if one was looked for."""
+        if self.best is not None:
+            for module, weights in zip(self._modules(), self.best["weights"], strict=True):
+                module.load_state_dict(weights)
 
     def _modules(self) -> list[nn.Module]:
         return [self.network, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
@@ -451,17 +572,23 @@ def embed(
     check_count(batch_size, "batch_size")
     workers = number_of_workers(workers)
     device = next(network.parameters(), torch.empty(0)).device
+    with _evaluating(network), torch.no_grad(), no_autocast(device):
+        if isinstance(images, Tensor):
+            parts = images.split(int(batch_size))
+            return torch.cat([_rows(network(part.to(device))) for part in parts])
+        with Reader(images, workers) as reader:
+            parts = reader.read(torch.arange(len(images)).split(int(batch_size)), [0])
+            return torch.cat([_rows(network(part.to(device))) for part in parts])
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode for a while."""
     training = [module for module in network.modules() if module.training]
     if training:
         network.eval()
     try:
-        with torch.no_grad(), no_autocast(device):
-            if isinstance(images, Tensor):
-                parts = images.split(int(batch_size))
-                return torch.cat([_rows(network(part.to(device))) for part in parts])
-            with Reader(images, workers) as reader:
-                parts = reader.read(torch.arange(len(images)).split(int(batch_size)), [0])
-                return torch.cat([_rows(network(part.to(device))) for part in parts])
+        yield
     finally:
         for module in training:
             module.training = True
@@ -514,6 +641,21 @@ def _check_arguments(
         )
     if batch_sampler is not None and len(batch_sampler) == 0:
         raise ValueError("batch_sampler must have at least one batch, got none")
+
+
+def _check_choices(optimizer: object, schedule: object, validate: object, patience: object) -> None:
+    is_one = isinstance(optimizer, torch.optim.Optimizer) or callable(optimizer)
+    if optimizer is not None and not is_one:
+        raise TypeError(f"optimizer must be an Optimizer or callable, got {optimizer!r}")
+    for name, thing in (("schedule", schedule), ("validate", validate)):
+        if thing is not None and not callable(thing):
+            raise TypeError(f"{name} must be callable, got {thing!r}")
+    if schedule is not None and optimizer is None:
+        raise ValueError("schedule must come with an optimizer, got none")
+    if patience is not None:
+        check_count(patience, "patience")
+        if validate is None:
+            raise ValueError("patience must come with validate, got none")
 
 
 def _check_loss(value: object, step: int) -> None:
