@@ -253,33 +253,45 @@ def fit(
             settings |= {"optimizer": _told(optimizer, run)}
             data = (images, labels, [] if in_memory else file_stamps(images))
             run.attach(checkpoint, data, settings, seed_given=seed is not None)
-        start = time.perf_counter() - (run.history.rows[-1]["seconds"] if run.history else 0.0)
-        reading = nullcontext() if in_memory else Reader(images, workers)
-        with _progress_bar(run, progress) as bar, reading as reader:
-            for epoch in range(run.epoch, epochs):
-                if run.patience_is_out(patience):
-                    break
-                _seed_all(run.seed, epoch)
-                batches = _batches(images, labels, batch_sampler, reader, (run.seed, epoch))
-                for batch, of_batch in batches:
-                    row = run.step(batch.to(device), of_batch.to(device))
-                    row |= {"epoch": epoch, "seconds": time.perf_counter() - start}
-                    row |= {"validation": math.nan} if validate else {}
-                    shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
-                    bar.set_postfix(shown | run.best_shown(), refresh=False)
-                    bar.update()
-                    if callback is not None and callback(run.history) is True:
-                        run.stopped = True
-                        break
-                if run.stopped:
-                    break
-                if validate is not None:
-                    run.validate(validate)
-                run.epoch = epoch + 1
-                run.save(finished=run.epoch == epochs or run.patience_is_out(patience))
+        with nullcontext() if in_memory else Reader(images, workers) as reader:
+
+            def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+                return _batches(images, labels, batch_sampler, reader, (run.seed, epoch))
+
+            _train(run, batches, epochs, device, validate, patience, callback, progress)
         run.take_best()
     network.eval()
     return run.history
+
+
+def _train(
+    run: _Run,
+    batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
+    epochs: int,
+    device: torch.device,
+    validate: Callable[[nn.Module], float] | None,
+    patience: int | None,
+    callback: Callable[[History], bool | None] | None,
+    progress: bool,
+) -> None:
+    """Take the steps of a run from where it is, epoch by epoch, until its end."""
+    start = time.perf_counter() - (run.history.rows[-1]["seconds"] if run.history else 0.0)
+    with _progress_bar(run, progress) as bar:
+        while run.epoch < epochs and not run.patience_is_out(patience):
+            _seed_all(run.seed, run.epoch)
+            for images, labels in batches(run.epoch):
+                row = run.step(images.to(device), labels.to(device))
+                row |= {"epoch": run.epoch, "seconds": time.perf_counter() - start}
+                row |= {"validation": math.nan} if validate else {}
+                shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
+                bar.set_postfix(shown | run.best_shown(), refresh=False)
+                bar.update()
+                if callback is not None and callback(run.history) is True:
+                    return
+            if validate is not None:
+                run.validate(validate)
+            run.epoch += 1
+            run.save(finished=run.epoch == epochs or run.patience_is_out(patience))
 
 
 class _Steering(NamedTuple):
@@ -369,7 +381,6 @@ class _Run:
         self.steps, self.seed = steps, seed
         self.history = History()
         self.epoch = 0
-        self.stopped = False
         self.best: dict[str, object] | None = None  # number, epoch and weights
         self.checkpoint: Checkpoint | None = None
 
