@@ -1,13 +1,16 @@
 import io
 import random
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
 
-from tripletlib import load_fashion_mnist, load_image
+from tripletlib import ImageFolderDataset, embed, fit, load_fashion_mnist, load_image
 from tripletlib.data.mnist import PIXEL_STATISTICS
 
 
@@ -220,3 +223,255 @@ def test_the_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     saved(Image.new("L", (5, 5)), tmp_path / "a.png")
     assert load_image("~/a.png").shape == (1, 1, 28, 28)
+
+
+def a_photograph(seed, size=(40, 30), mode="RGB"):
+    """Something smooth, which survives scaling and compression."""
+    small = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(12):
+        path = tmp_path / "photos" / ["дом", "kaze 風", "oak"][i % 3] / f"no {i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        a_photograph(i).save(path)
+    return tmp_path / "photos"
+
+
+def test_a_folder_of_folders_is_that_of_torchvision(folder):
+    ours, theirs = ImageFolderDataset(folder), ImageFolder(folder)
+    assert ours.classes == theirs.classes == ["kaze 風", "oak", "дом"]
+    assert [(str(file), label) for file, label in zip(ours.files, ours.targets, strict=True)] == (
+        theirs.samples
+    )
+    assert ours.names[:2] == ["kaze 風/no 1.png", "kaze 風/no 10.png"]
+    assert repr(ours) == f"ImageFolderDataset of 12 images of 3 classes in {folder}"
+    assert [label for _, label in ours] == theirs.targets
+
+
+def test_only_visible_images_count_at_any_depth_and_in_any_case(folder):
+    for name in (".hidden.png", "._no 1.png", "notes.txt", "a.png.part", "film.mpg"):
+        (folder / "oak" / name).write_bytes(b"?")
+    (folder / "oak" / "deep" / ".thumbnails").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    a_photograph(0).save(folder / "oak" / "deep" / "A.JPG", "JPEG")
+    a_photograph(0).save(folder / "oak" / "deep" / ".thumbnails" / "b.png")
+    (folder / "oak" / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "linked").symlink_to(folder / "дом", target_is_directory=True)
+    photos = ImageFolderDataset(folder)
+    assert len(photos) == 12 + 4 + 1
+    assert photos.classes == ["kaze 風", "linked", "oak", "дом"]
+    assert photos.targets[photos.names.index("oak/deep/A.JPG")] == 2
+
+
+def test_an_image_that_fits_comes_as_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (image,) = ImageFolderDataset(tmp_path, 32)
+    assert image.dtype == torch.float32
+    torch.testing.assert_close(image, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    grey = ImageFolderDataset(tmp_path, 32, mode="L")[0]
+    luma = (pixels * [0.299, 0.587, 0.114]).sum(axis=2) / 255
+    assert grey.shape == (1, 32, 32)
+    assert np.abs(grey[0].numpy() - luma).max() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("size", "at"), [((80, 40), (16, 0)), ((40, 80), (0, 16)), ((2000, 1), ())]
+)
+def test_the_longer_side_fits_and_the_rest_is_the_border_s_median(size, at, tmp_path):
+    image = Image.new("RGB", size, (200, 30, 60))
+    image.paste((0, 0, 255), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
+    image.save(tmp_path / "a.png")
+    (item,) = ImageFolderDataset(tmp_path, 64)
+    ground = torch.tensor([200, 30, 60]) / 255
+    assert item.shape == (3, 64, 64)
+    if at:
+        top, left = at
+        inner = item[:, top : 64 - top, left : 64 - left]
+        reference = np.asarray(image.resize(inner.shape[:0:-1], Image.Resampling.LANCZOS)) / 255
+        np.testing.assert_allclose(inner.permute(1, 2, 0), reference, atol=1e-6)
+        outer = item.clone()
+        outer[:, top : 64 - top, left : 64 - left] = ground[:, None, None]
+        torch.testing.assert_close(outer, ground[:, None, None].expand(3, 64, 64))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright(orientation, tmp_path):
+    ways = Image.Transpose
+    undo = [
+        *(None, ways.FLIP_LEFT_RIGHT, ways.ROTATE_180, ways.FLIP_TOP_BOTTOM),
+        *(ways.TRANSPOSE, ways.ROTATE_270, ways.TRANSVERSE, ways.ROTATE_90),
+    ][orientation - 1]
+    image, exif = a_photograph(3), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = image if undo is None else image.transpose(undo)
+    photos = ImageFolderDataset(tmp_path)
+    assert torch.equal(photos[0], photos.read(upright))
+    with Image.open(tmp_path / "a.png") as opened:
+        assert torch.equal(photos.read(opened), photos[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "modes"),
+    {
+        "png": "1 L P RGB RGBA LA I;16",
+        "tiff": "1 L P RGB RGBA LA CMYK I I;16 F",
+        "jpeg": "L RGB CMYK",
+        "gif": "1 L P RGB RGBA LA",
+        "bmp": "1 L P RGB RGBA",
+        "webp": "L RGB RGBA",
+    }.items(),
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_and_mode_becomes_bytes_of_the_mode_asked_for(kind, modes, channels, tmp_path):
+    image = shape_on(255, 0)
+    expected = np.asarray(image) / 255
+    for mode in modes.split():
+        if mode in ("I", "I;16"):
+            deep = np.asarray(image, np.uint16) * 257
+            changed = Image.fromarray(deep if mode == "I;16" else deep.astype(np.int32))
+        else:
+            changed = image.convert(mode)
+        path = saved(changed, tmp_path / f"image {channels}.{kind}")
+        photos = ImageFolderDataset(tmp_path, 60, mode={1: "L", 3: "RGB"}[channels])
+        assert len(photos) == 1
+        assert photos[0].shape == (channels, 60, 60)
+        difference = np.abs(photos[0].numpy() - expected)
+        lossy = kind in ("jpeg", "webp")  # at edges
+        assert (difference.mean() if lossy else difference.max()) < 0.02, mode
+        path.unlink()
+
+
+def test_what_is_transparent_is_white_and_what_is_red_is_red(tmp_path):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 4, 8))
+    image.save(tmp_path / "a.png")
+    image.convert("P").save(tmp_path / "b.gif", transparency=image.convert("P").getpixel((7, 7)))
+    for item in ImageFolderDataset(tmp_path, 8):
+        assert item[:, :, 1].mean(dim=1).tolist() == [1, 0, 0]
+        assert item[:, :, 6].mean(dim=1).tolist() == [1, 1, 1]
+
+
+def test_large_jpegs_are_decoded_in_part_and_look_the_same(tmp_path):
+    image = a_photograph(5, (1600, 1200))
+    image.save(tmp_path / "a.jpg", quality=95)
+    photos = ImageFolderDataset(tmp_path, 64)
+    assert (photos[0] - photos.read(image)).abs().max() < 0.02
+
+
+def spoil(folder):
+    whole = (folder / "oak" / "no 2.png").read_bytes()
+    jpeg = io.BytesIO()
+    a_photograph(0, (400, 300)).save(jpeg, "JPEG")
+    spoilt = {
+        "oak/a half.png": whole[: len(whole) // 2],
+        "oak/half.jpg": jpeg.getvalue()[:2000],
+        "oak/empty.png": b"",
+        "дом/words.png": "слова".encode(),
+        "phone/IMG 1.HEIC": b"\x00\x00\x00\x18ftypheic what this Pillow does not read",
+    }
+    for name, content in spoilt.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return sorted(spoilt)
+
+
+def test_damaged_files_are_skipped_and_listed(folder):
+    right = ImageFolderDataset(folder)
+    names = spoil(folder)
+    photos = ImageFolderDataset(folder, damaged="skip")
+    assert [name for name, _ in photos.left_out] == names
+    assert all("is not an image, or it is damaged" in wrong for _, wrong in photos.left_out)
+    assert (photos.names, photos.targets, photos.classes) == (
+        *(right.names, right.targets, right.classes),
+    )
+    shutil.rmtree(folder / "oak")
+    shutil.rmtree(folder / "kaze 風")
+    for file in (folder / "дом").glob("no*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="without any, only 2 damaged ones"):
+        ImageFolderDataset(folder, damaged="skip")
+
+
+def test_a_damaged_file_is_named_when_it_is_asked_for(folder):
+    spoil(folder)
+    photos = ImageFolderDataset(folder)
+    assert len(photos) == 17
+    place = photos.names.index("дом/words.png")
+    with pytest.raises(ValueError, match=r"words\.png is not an image, or it is damaged"):
+        photos[place]
+    with pytest.raises(RuntimeError, match=r"images\[1\] could not be read .*words\.png is not"):
+        embed(torch.nn.Flatten(), Subset(photos, [0, place]), workers=2)
+
+
+def test_without_subfolders_there_are_no_labels(folder):
+    flat = folder / "oak"
+    photos = ImageFolderDataset(flat)
+    assert (photos.targets, photos.classes) == (None, [])
+    assert isinstance(photos[0], torch.Tensor)
+    assert embed(torch.nn.Flatten(), photos, workers=0).shape == (4, 3 * 64 * 64)
+    with pytest.raises(TypeError, match=r"must be \(image, label\), as labels are not given"):
+        fit(torch.nn.Linear(2, 2), photos)
+    a_photograph(0).save(folder / "stray.png")
+    with pytest.raises(ValueError, match=r"in subfolders only, got stray\.png beside them"):
+        ImageFolderDataset(folder)
+    with pytest.raises(ValueError, match="in subfolders only"):
+        ImageFolderDataset(flat, labelled=True)
+    assert len(ImageFolderDataset(folder, labelled=False)) == 13
+
+
+def test_a_folder_trains_as_its_images_in_memory_do(folder):
+    photos = ImageFolderDataset(folder, 16)
+    images, labels = torch.stack([image for image, _ in photos]), torch.tensor(photos.targets)
+    weights = []
+    for data, workers in (((photos,), 0), ((photos,), 2), ((images, labels), None)):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
+        options = {"batch_size": 6, "seed": 1, "augment": False, "progress": False}
+        fit(network, *data, workers=workers, **options)
+        weights.append(network[1].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_a_transform_takes_the_place_of_the_scaling(folder):
+    seen = []
+
+    def transform(image):
+        seen.append((image.size, image.mode))
+        return torch.zeros(1)
+
+    assert ImageFolderDataset(folder, transform=transform, mode="L")[0][0].shape == (1,)
+    assert seen == [((40, 30), "L")]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"size": 0}, ValueError, "size must be a whole number of at least 1"),
+        ({"mode": "RGBA"}, ValueError, "mode must be"),
+        ({"damaged": "drop"}, ValueError, "damaged must be"),
+        ({"transform": 3}, TypeError, "transform must be callable, got 3"),
+        ({"labelled": "yes"}, TypeError, "labelled must be True, False or None"),
+    ],
+)
+def test_wrong_options_of_a_folder_are_named(options, error, words, folder):
+    with pytest.raises(error, match=words):
+        ImageFolderDataset(folder, **options)
+
+
+def test_a_folder_must_be_there_and_hold_images(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ImageFolderDataset(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="folder must hold images"):
+        ImageFolderDataset(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(NotADirectoryError):
+        ImageFolderDataset(tmp_path / "a.txt")
+    a_photograph(0).save(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError):
+        ImageFolderDataset(tmp_path).read(tmp_path / "no.png")

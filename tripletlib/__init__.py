@@ -5,6 +5,7 @@ The chapters in ``notebooks/`` derive what this package holds; import it to use 
 
 from tripletlib.augmentation import jitter, jitter_colours
 from tripletlib.data import (
+    ImageFolderDataset,
     load_emoji,
     load_fashion_mnist,
     load_image,
@@ -42,6 +43,7 @@ __all__ = [
     "EmbeddingNet",
     "History",
     "HofferAilonNet",
+    "ImageFolderDataset",
     "KNNClassifier",
     "ResidualNet",
     "Score",
