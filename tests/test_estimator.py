@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV
@@ -137,6 +138,32 @@ def test_images_go_through_the_embedding_network(shape, seen, monkeypatch):
     assert flat.components_.shape == (5, np.prod(shape))
     with pytest.raises(ValueError, match=r"X must hold samples of shape .*, got \(5, 5\)"):
         embedder.transform(np.zeros((2, 5, 5)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(8, 8), (3, 24, 26)])
+def test_a_list_of_images_is_as_good_as_an_array(kind, shape):
+    images = np.random.default_rng(0).integers(256, size=(20, *shape), dtype=np.uint8)
+    labels = np.arange(20) % 2
+    right = small(kind, epochs=1).fit(images, labels).transform(images)
+    lists = [list(images), tuple(map(torch.from_numpy, images)), images.tolist()]
+    lists += [[Image.fromarray(image) for image in images]] if len(shape) == 2 else []
+    for listed in lists:
+        embedder = small(kind, epochs=1).fit(listed, labels)
+        assert embedder.sample_shape_ == shape
+        np.testing.assert_allclose(embedder.transform(listed), right, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"of one shape, got .* and \(5, 5\)"):
+        small(kind).fit([*images, np.zeros((5, 5))], [*labels, 0])
+
+
+def test_channels_that_seem_to_come_last_are_told():
+    images = np.random.default_rng(0).random((20, 24, 30, 3), np.float32)
+    labels = np.arange(20) % 2
+    for given in (images, list(images), [Image.new("RGB", (30, 24), i) for i in range(20)]):
+        with pytest.raises(ValueError, match=r"got images of shape \(24, 30, 3\), where they seem"):
+            small("deep").fit(given, labels)
+    assert small("deep", epochs=1).fit(np.moveaxis(images, -1, 1), labels).network_.in_channels == 3
+    assert small("linear", epochs=1).fit(images, labels).n_features_in_ == 24 * 30 * 3
 
 
 def test_deep_learns_digits_from_small_images():

@@ -117,7 +117,8 @@ class TripletEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         Parameters
         ----------
         X : array-like of shape (n, n_features), (n, height, width) or (n, channels, height, width)
-            Feature rows or images. With "deep", images of less than 24 pixels a side are scaled up.
+            Feature rows or images, also a list of images (arrays, tensors or ``PIL.Image``) of one
+            shape. With "deep", images of less than 24 pixels a side are scaled up.
         y : array-like of shape (n,)
             Labels of at least two classes, numbers or words.
 
@@ -128,12 +129,23 @@ class TripletEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         Raises
         ------
         TypeError, ValueError
-            If a parameter or the data have the wrong type, shape or range.
+            If a parameter or the data have the wrong type, shape or range, or channels seem to come
+            last in images.
         """
         check_choice(self.kind, KINDS, "kind")
         check_count(self.n_components, "n_components")
         check_count(self.batch_size, "batch_size", low=2)
         X, shape = _rows(X)
+        if (
+            self.kind == "deep"
+            and len(shape) == 3
+            and shape[-1] in (1, 3, 4)
+            and min(shape[:2]) > 4
+        ):
+            raise ValueError(
+                f"X must have its channels before height and width, got images of shape {shape}, "
+                "where they seem to come last: np.moveaxis(X, -1, 1) puts them there"
+            )
         X, y = validate_data(self, X, y, dtype=_FLOATS, ensure_min_samples=2)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
@@ -250,6 +262,12 @@ class _OnSphere(nn.Sequential):
 
 def _rows(X: ArrayLike) -> tuple[ArrayLike, tuple[int, ...]]:
     """Flatten images to rows, and give the shape of one; leave anything else to scikit-learn."""
+    if isinstance(X, (list, tuple)) and X and np.ndim(X[0]) > 1:
+        samples = [np.asarray(sample) for sample in X]
+        shapes = list(dict.fromkeys(sample.shape for sample in samples))
+        if len(shapes) > 1:
+            raise ValueError(f"X must hold images of one shape, got {shapes[0]} and {shapes[1]}")
+        X = np.stack(samples)
     if getattr(X, "ndim", 2) not in (3, 4):
         return X, ()
     return X.reshape(len(X), -1), tuple(X.shape[1:])
