@@ -25,7 +25,7 @@
 #   such numbers are; how many drawings it takes to enrol a class; and what it costs to refuse a stranger.
 # - **You need** chapters [4](04_training.ipynb) and [8](08_image_retrieval.ipynb), whose network it uses; no GPU.
 # - **Running time** about 2 minutes on two cores, and two more if chapter 8 has not run on this machine.
-# - Previous: [8 · Image retrieval](08_image_retrieval.ipynb) · Next: the book ends here; [1 · Data](01_data.ipynb) is where it began
+# - Previous: [8 · Image retrieval](08_image_retrieval.ipynb) · Next: [10 · Your own images](10_your_own_images.ipynb)
 
 # %%
 import matplotlib.pyplot as plt
@@ -902,8 +902,7 @@ except RuntimeError:
 # - A few drawings enrol a class. A rate a comparison times a crowd is a crowd of false names: choose by FPIR, for the N you have.
 # - With five training classes all this fails; with hundreds it works.
 #
-# **What next?** This is the end of the book. [Chapter 1](01_data.ipynb) is where it began; try its question on images of your own, with `fit`, `embed` and
-# `verification_report`.
+# **Next** [10 · Your own images](10_your_own_images.ipynb) puts a folder of files in the place of the emoji.
 
 # %% [markdown]
 # ## References
