@@ -360,7 +360,7 @@ assert ask(index, shelf / "bear cub" / "0.png", k=1)[0] == ["bear cub/0.png"]
 # ## A network that was trained elsewhere
 #
 # Six thousand drawings are few. A **pretrained backbone** has seen a million photographs of other things; its last layer is replaced by
-# a new one, the **head**, and both are **fine-tuned** to your classes. Take torchvision's ResNet-18. Its weights are downloaded
+# a new one, the **head**, and both are trained on your classes (**fine-tuning**). Take torchvision's ResNet-18. Its weights are downloaded
 # once (45 MB); where there is no network, this page goes on with *random* weights, and says so.
 
 # %% tags=["nbval-ignore-output"]
@@ -668,9 +668,9 @@ assert (
 # | 827 | 18.3 % | 22.1 % | 23.1 % |
 #
 # Without any training it is 16.6 %. Twenty classes are worse than none, whatever one has of each. Then both help: four
-# times the classes bring 2 to 5 points, up to 320 (827 bring little more here, where they are looked at 44 times each); all the
+# times the classes bring 2 to 5 points, up to 320 (827 bring little more here, where each class is looked at 44 times); all the
 # drawings instead of two of each bring 3 to 5, but with 20 classes next to nothing. Compare what costs the same: 160 files as 80 × 2
-# bring 16.5 %, about as many as 20 × 8 only 14.5; 640 files as 320 × 2 bring 18.2 %, as 80 × 8 19.6. So first enough classes, some
+# bring 16.5 %, the 131 of 20 classes only 14.5; 640 files as 320 × 2 bring 18.2 %, as 80 × 8 19.6. So first enough classes, some
 # eighty here, then more images of each. (Another kind of image, another number: the way of asking is what carries over.)
 
 # %% [markdown]
