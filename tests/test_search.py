@@ -532,7 +532,8 @@ def test_ids_are_for_all_embeddings_or_for_none():
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_cannot_be_removed_leaves_the_index_as_it_was(kind):
     index = SearchIndex(points(30), kind)
-    for which, error in (([3, 30], KeyError), ([-1], KeyError), (range(30), ValueError)):
+    wrong = (([3, 30], KeyError), ([-1], KeyError), (range(30), ValueError), ("3", TypeError))
+    for which, error in wrong:
         with pytest.raises(error, match="which must"):
             index.remove(which)
         assert len(index) == index.index.ntotal == 30

@@ -177,8 +177,8 @@ class SearchIndex:
         ------
         KeyError
             If one of them is not in the index, which is then as it was before.
-        ValueError
-            If none would stay.
+        TypeError, ValueError
+            If a lone string is given, or none would stay.
         """
         rows = self._rows(which)
         kept = np.delete(np.arange(len(self)), rows)
@@ -194,6 +194,10 @@ class SearchIndex:
 
     def _rows(self, which: Iterable[str] | Iterable[int] | Tensor) -> list[int]:
         """Give the rows of ids, or check rows."""
+        if isinstance(which, (str, bytes)):
+            raise TypeError(
+                f"which must be a sequence, got {type(which).__name__}: put it in a list"
+            )
         names = range(len(self)) if self.ids is None else self.ids
         row_of = {name: row for row, name in enumerate(names)}
         which = which.tolist() if isinstance(which, (Tensor, np.ndarray)) else list(which)
@@ -380,7 +384,7 @@ def _checked_ids(
     kinds = {type(name) for name in before + ids}
     if len(kinds) > 1 or not kinds <= {str, int}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise TypeError(f"ids must be all str or all int, got {names}")
+        raise TypeError(f"ids must be all str or all int, got {names}: convert them, by str() say")
     twice = next((name for name, count in Counter(before + ids).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"ids must be distinct, got {twice!r} twice")

@@ -96,8 +96,8 @@ class ImageFolderDataset(Dataset):
 
     Every file in the folder and below whose name ends as those of images do is one, whatever its
     size and colours, but for hidden ones (names that begin with a dot). If the images lie in
-    subfolders, these are the classes. An image is turned upright as its camera noted and made RGB
-    or grey, transparent parts white.
+    subfolders, these are the classes; one without a readable image is none. An image is turned
+    upright as its camera noted and made RGB or grey, transparent parts white.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class ImageFolderDataset(Dataset):
     targets : list of int, or None
         The label of each, a place in `classes`; None without labels.
     classes : list of str
-        The names of the subfolders, in alphabetical order.
+        The names of the subfolders, sorted as Python sorts, capitals first.
     left_out : list of (str, str)
         Names of the damaged files that were skipped, and what is wrong with each.
 
@@ -147,7 +147,9 @@ class ImageFolderDataset(Dataset):
     Notes
     -----
     Of a JPEG much larger than `size`, only as many pixels are decoded as make about twice the size,
-    which saves most of the time.
+    which saves most of the time. Whole numbers of more than 8 bits are taken to run to 65 535:
+    those of a 12-bit scan come out dark, and want a `transform`. HEIC, as iPhones write it, is read
+    where the package pillow-heif is installed.
 
     Examples
     --------
@@ -223,9 +225,12 @@ class ImageFolderDataset(Dataset):
         ------
         OSError
             If the file is not there or may not be read.
-        ValueError
-            If it is not an image, is damaged or has too many pixels to open safely.
+        TypeError, ValueError
+            If it is neither path nor image; if the file is no image, is damaged or has too many
+            pixels to open safely.
         """
+        if not isinstance(image, (str, os.PathLike, Image.Image)):
+            raise TypeError(f"image must be a path or a PIL.Image, got {type(image).__name__}")
         if isinstance(image, Image.Image):
             upright = _coloured(ImageOps.exif_transpose(image), self.mode)
         else:
@@ -295,6 +300,14 @@ def _read(
     path: str | os.PathLike, take: Callable[[Image.Image], object], least: int | None = None
 ) -> object:
     """Open a file, and give what is taken of the upright image; `least` pixels a side will do."""
+    if os.fspath(path).lower().endswith((".heic", ".heif")):
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise ValueError(
+                f"{path} cannot be read without pillow-heif (pip install it)"
+            ) from error
+        pillow_heif.register_heif_opener()
     try:
         with Image.open(os.path.expanduser(path)) as file:
             if least is not None:
