@@ -341,7 +341,7 @@ assert answers["a file"][0] == "snail/twemoji.png"
 # Tomorrow the folder has changed. The index goes into a file and comes back; then what is gone from the folder is taken out,
 # and only what is new is embedded. Comparing names is enough for that.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 index.save(Path(workspace.name, "drawings.index"))
 
 shelf = Path(shutil.copytree(new_folder, Path(workspace.name, "shelf")))  # the folder, tomorrow
@@ -565,7 +565,7 @@ to_nearest, row = (of[:, 0] for of in known_index.search(embed(network, incoming
 is_copy = torch.tensor([name.startswith("copy") for name in incoming.names])
 print(f"{len(incoming)} files without classes: labels are {incoming.targets}")
 
-# %% alt="Two histograms of the distance to the nearest known file. Copies lie in a heap around 0.1, new drawings in a wide hill from 0.4 to 0.65. Few of either lie between; a dashed line stands at 0.2, with three copies right of it and four new drawings left of it."
+# %% alt="Two histograms of the distance to the nearest known file. Copies lie in a heap around 0.1, new drawings in a wide hill from 0.4 to 0.65. Few of either lie between; a dashed line stands at 0.2, with three copies right of it and four new drawings left of it." tags=["nbval-ignore-output"]
 LIMIT = 0.2
 figure, ax = plt.subplots(figsize=(8, 3.2))
 bins = np.linspace(0, float(to_nearest.max()), 60)
