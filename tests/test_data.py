@@ -26,7 +26,7 @@ def empty_cache(tmp_path, monkeypatch):
 def copied_package(tmp_path, monkeypatch, empty_cache):
     """A copy of the shipped files that a test may damage."""
     copy = tmp_path / "package"
-    for name in ("MNIST", "FashionMNIST", "Emoji"):
+    for name in ("MNIST", "FashionMNIST", "Emoji", "Libraries"):
         shutil.copytree(PACKAGE / name, copy / name)
     monkeypatch.setattr(tripletlib.data._shipped, "_PACKAGE", copy)
     return copy
@@ -193,7 +193,7 @@ def test_wheel_holds_the_data(tmp_path):
         for folder in (target / "tripletlib" / "data", PACKAGE)
     )
     assert packed == shipped
-    assert len(packed) == 13
+    assert len(packed) == 14
 
 
 def test_loading_warns_of_nothing(empty_cache):

@@ -1,4 +1,4 @@
-"""Scores with confidence intervals: what its nearest neighbours say of an embedding."""
+"""Scores with confidence intervals: of an embedding by its nearest neighbours, and of lists."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from tripletlib._precision import at_least_float32
 from tripletlib._validation import check_labels, check_points
 from tripletlib.neighbours import KNNClassifier, Search, check_gallery, check_k
 
 _RESAMPLES = 1000
 _BLOCK_ROWS = 32  # small enough to share out among threads
+_LISTS = 1024  # sorted at a time
 
 
 class Score(float):
@@ -227,6 +229,82 @@ def mean_average_precision_at_r(
     return _mean_at_r(_average_precisions_at_r, embeddings, labels, gallery, gallery_labels)
 
 
+def list_recall_at_k(
+    scores: Tensor, wanted: Tensor, *, k: int = 10, return_values: bool = False
+) -> Score | tuple[Score, np.ndarray]:
+    """Return which fraction of its wanted items are among the k best of a query, on average.
+
+    The fraction is of *all* that is wanted, even where that is more than `k`. (`recall_at_k` asks
+    whether any of the nearest is of the right class.)
+
+    Parameters
+    ----------
+    scores : Tensor, floating point, shape (n, items)
+        How well each item suits each query: the greater, the better. Minus infinity marks what is
+        not to be recommended and so never found, though it be wanted. Items with equal scores
+        stand in random order; the value is what that gives on average.
+    wanted : Tensor of booleans, shape (n, items)
+        What there is to find.
+    k : int, default 10
+        Length of the lists.
+    return_values : bool, default False
+        Return also each query's own value: ``Score.of_values(values - others)`` compares two ways
+        of scoring on the same queries.
+
+    Returns
+    -------
+    score : Score
+        A float with the percentile bootstrap interval of confidence 95 % over queries. Those that
+        want nothing are left out; ``.queries`` is the number of the others.
+    values : ndarray, float64, shape (score.queries,), only if `return_values`
+        One number a query that wants something, in the order of the queries.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type or shape, scores hold NaN or plus infinity, `k` exceeds
+        the number of items, or no query wants anything.
+    """
+    places = _places_of_lists(scores, wanted, k)
+    worth = (places < k).astype(np.float64)
+    return _mean_of_lists(scores, wanted, worth, np.ones(len(places)), return_values)
+
+
+def list_ndcg_at_k(
+    scores: Tensor, wanted: Tensor, *, k: int = 10, return_values: bool = False
+) -> Score | tuple[Score, np.ndarray]:
+    """Return NDCG@k, which asks also how early in its list a query's wanted items come.
+
+    A wanted item at place i (from 1) of the k best is worth 1 / log2(i + 1), any other nothing. The
+    sum is divided by that of a perfect list, which begins with the wanted items, as many as fit in
+    k places; then averaged over queries.
+
+    Parameters
+    ----------
+    scores, wanted, k, return_values
+        As for `list_recall_at_k`, ties too.
+
+    Returns
+    -------
+    score, values
+        As for `list_recall_at_k`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `list_recall_at_k`.
+
+    References
+    ----------
+    K. Järvelin, J. Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002. Ties: F.
+    McSherry, M. Najork, "Computing information retrieval performance measures efficiently in the
+    presence of tied scores", 2008, as scikit-learn's ``ndcg_score`` has them.
+    """
+    places = _places_of_lists(scores, wanted, k)
+    worth = np.where(places < k, 1 / np.log2(places + 2), 0.0)
+    return _mean_of_lists(scores, wanted, worth, worth, return_values)
+
+
 def _r_precisions(own: np.ndarray, others: np.ndarray) -> np.ndarray:
     """R-precision of each row of distances to the R own items and to the R nearest others.
 
@@ -330,6 +408,62 @@ def _own_and_others(
     distances[:, columns] = np.inf
     distances.partition(r - 1, axis=1)
     return own, np.sort(distances[:, :r], axis=1)
+
+
+def _places_of_lists(scores: Tensor, wanted: Tensor, k: int) -> np.ndarray:
+    """Check all; return the places of a list of all items, from 0."""
+    for name, of in (("scores", scores), ("wanted", wanted)):
+        if not isinstance(of, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(of).__name__}")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    if wanted.dtype != torch.bool:
+        raise TypeError(f"wanted must be booleans, got {wanted.dtype}")
+    if scores.dim() != 2:
+        raise ValueError(f"scores must have shape (n, items), got {tuple(scores.shape)}")
+    if wanted.shape != scores.shape:
+        raise ValueError(
+            f"wanted must have the shape of scores, {tuple(scores.shape)}, "
+            f"got {tuple(wanted.shape)}"
+        )
+    check_k(k, scores.shape[1])
+    if (wrong := (scores.isnan() | scores.isposinf()).any(dim=1)).any():
+        raise ValueError(
+            "scores must be finite, or minus infinity for what is not to be recommended, "
+            f"got NaN or plus infinity in row {int(wrong.nonzero()[0])}"
+        )
+    if not wanted.any():
+        raise ValueError("wanted must hold something to find, got none in any row")
+    return np.arange(scores.shape[1])
+
+
+def _mean_of_lists(
+    scores: Tensor, wanted: Tensor, worth: np.ndarray, best: np.ndarray, return_values: bool
+) -> Score | tuple[Score, np.ndarray]:
+    """Average over queries what the places of their wanted items are worth.
+
+    `worth` is of the places of a list, `best` of those of a list that nothing can better.
+    """
+    total, most = (np.concatenate([[0.0], of.cumsum()]) for of in (worth, best))
+    some = wanted.any(dim=1)
+    values = []
+    for rows, right in zip(
+        scores[some.to(scores.device)].detach().split(_LISTS),
+        wanted[some].split(_LISTS),
+        strict=True,
+    ):
+        rows, right = at_least_float32(rows.cpu()), right.cpu()
+        ordered = rows.sort(dim=1).values
+        # From the best: where the items as good as this one begin, and where they end.
+        start, stop = (
+            (len(worth) - torch.searchsorted(ordered, rows, right=end)).numpy()
+            for end in (True, False)
+        )
+        gains = (total[stop] - total[start]) / (stop - start)
+        found = (right & rows.isfinite()).numpy()
+        values.append((gains * found).sum(axis=1) / most[right.sum(dim=1).numpy()])
+    values = np.concatenate(values)
+    return (Score.of_values(values), values) if return_values else Score.of_values(values)
 
 
 def _check_queries(embeddings: Tensor, labels: Tensor) -> None:

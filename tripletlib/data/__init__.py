@@ -2,6 +2,7 @@
 
 from tripletlib.data.emoji import EMOJI_DESIGNERS, Emoji, load_emoji
 from tripletlib.data.images import ImageFolderDataset, load_image
+from tripletlib.data.libraries import Libraries, load_libraries
 from tripletlib.data.mnist import FASHION_NAMES, load_fashion_mnist, load_mnist
 from tripletlib.data.olivetti import load_olivetti
 
@@ -10,9 +11,11 @@ __all__ = [
     "FASHION_NAMES",
     "Emoji",
     "ImageFolderDataset",
+    "Libraries",
     "load_emoji",
     "load_fashion_mnist",
     "load_image",
+    "load_libraries",
     "load_mnist",
     "load_olivetti",
 ]

@@ -40,6 +40,9 @@ _DIGESTS = {
         "openmoji.rgb": "6d59eb22d4eaef17859cff82fa8f13942a65aaff1b27aecc9701a13164e89f6a",
         "twemoji.rgb": "eee8ae18b0a85711f734bdb114b498517c8471f3bc488df39334d663a25e8418",
     },
+    "Libraries": {
+        "projects.tsv": "dbc3ea68263f2592e22f808a6d3a267bed6e6ce25d875e00151e236a2b66df8e",
+    },
 }
 
 
