@@ -43,7 +43,7 @@ from tripletlib import Score, list_ndcg_at_k, list_recall_at_k, load_libraries
 LENGTH = 10  # of a list
 METRICS = ("Recall@10", "NDCG@10", "libraries", "to the 14 most popular", "seconds")
 RECIPE: dict = {
-    "dimensions": 256,
+    "dimensions": 512,
     "from_neighbours": True,
     "dropout": 0.5,
     "hidden": (0.2, 0.6),
@@ -157,7 +157,7 @@ WAYS: dict[str, tuple[Callable, dict, list[dict]]] = {
     "truncated SVD": (truncated_svd, {}, [{"rank": 64}, {"rank": 256}]),
     "item-kNN": (item_knn, {}, [{"shrink": 0.0}, {"shrink": 10.0}]),
     "EASE": (ease, {}, [{"penalty": penalty} for penalty in (5.0, 10.0, 50.0, 100.0)]),
-    "weighted ALS": (weighted_als, {}, [{"weight": 3.0}, {"penalty": 3.0}, {"rank": 64}]),
+    "weighted ALS": (weighted_als, {}, [{"weight": 3.0}, {"penalty": 3.0}, {"rank": 128}]),
     "metric learning": (metric_learning, {}, [{"margin": 1.0}, {"epochs": 40}]),
     "triplets": (
         triplets,
@@ -165,10 +165,11 @@ WAYS: dict[str, tuple[Callable, dict, list[dict]]] = {
         [
             {"epochs": 0},
             {"dimensions": 128},
-            {"dimensions": 512},
+            {"dimensions": 256},
             {"from_neighbours": False, "rate": 0.01},
             {"dropout": 0.0},
             {"dropout": 0.3},
+            {"dropout": 0.7},
             {"hidden": (0.0, 0.3)},
             {"epochs": 24},
         ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.sparse import csr_array
-from scipy.sparse.linalg import svds
+from sklearn.decomposition import TruncatedSVD
 from torch import Tensor, nn
 
 
@@ -25,7 +25,7 @@ def item_knn(uses: csr_array, visible: csr_array, shrink: float = 3.0) -> np.nda
     `shrink`, added to the denominator, distrusts cosines of libraries that few use.
     """
     together = (uses.T @ uses).toarray()
-    lengths = np.sqrt(together.diagonal())
+    lengths = np.sqrt(together.diagonal().clip(min=1))  # a library may have no project here
     cosines = together / (np.outer(lengths, lengths) + shrink)
     np.fill_diagonal(cosines, 0)
     return visible @ cosines
@@ -33,7 +33,7 @@ def item_knn(uses: csr_array, visible: csr_array, shrink: float = 3.0) -> np.nda
 
 def truncated_svd(uses: csr_array, visible: csr_array, rank: int = 128) -> np.ndarray:
     """Project baskets on the leading singular vectors, and back."""
-    _, _, axes = svds(uses, k=rank, random_state=0)
+    axes = TruncatedSVD(rank, random_state=0).fit(uses).components_
     return (visible @ axes.T) @ axes
 
 
@@ -62,7 +62,7 @@ def _solve(of: csr_array, others: np.ndarray, weight: float, penalty: float) -> 
 def weighted_als(
     uses: csr_array,
     visible: csr_array,
-    rank: int = 128,
+    rank: int = 64,
     weight: float = 10.0,
     penalty: float = 10.0,
     rounds: int = 8,
