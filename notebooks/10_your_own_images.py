@@ -25,7 +25,7 @@
 #   was trained elsewhere; and how many classes and images it takes.
 # - **You need** chapter [8](08_image_retrieval.ipynb), and `pip install faiss-cpu`; no GPU.
 # - **Running time** about 4 minutes on two cores.
-# - Previous: [9 · Verification](09_verification.ipynb)
+# - Previous: [9 · Verification](09_verification.ipynb) · Next: [11 · Recommendation](11_recommendation.ipynb)
 
 # %%
 import shutil
@@ -864,6 +864,8 @@ workspace.cleanup()
 # - An index keeps file names; it grows and shrinks with the folder, and it finds copies.
 # - A pretrained backbone: head first, on features computed once, then the last stage at a tenth of the rate, batch normalisation frozen.
 # - Two images a class at least, balanced batches, and more classes before more images of each.
+#
+# **Next** [11 · Recommendation](11_recommendation.ipynb) embeds baskets in the place of images.
 
 # %% [markdown]
 # ## References

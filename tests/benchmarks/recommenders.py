@@ -31,13 +31,13 @@ def item_knn(uses: csr_array, visible: csr_array, shrink: float = 3.0) -> np.nda
     return visible @ cosines
 
 
-def truncated_svd(uses: csr_array, visible: csr_array, rank: int = 128) -> np.ndarray:
+def truncated_svd(uses: csr_array, visible: csr_array, rank: int = 64) -> np.ndarray:
     """Project baskets on the leading singular vectors, and back."""
     axes = TruncatedSVD(rank, random_state=0).fit(uses).components_
     return (visible @ axes.T) @ axes
 
 
-def ease(uses: csr_array, visible: csr_array, penalty: float = 20.0) -> np.ndarray:
+def ease(uses: csr_array, visible: csr_array, penalty: float = 30.0) -> np.ndarray:
     """Regress each library on all others, by least squares with a squared penalty.
 
     H. Steck, "Embarrassingly shallow autoencoders for sparse data", 2019, equation 8.
@@ -62,7 +62,7 @@ def _solve(of: csr_array, others: np.ndarray, weight: float, penalty: float) -> 
 def weighted_als(
     uses: csr_array,
     visible: csr_array,
-    rank: int = 64,
+    rank: int = 128,
     weight: float = 10.0,
     penalty: float = 10.0,
     rounds: int = 8,
@@ -105,7 +105,7 @@ def metric_learning(
     uses: csr_array,
     visible: csr_array,
     dimensions: int = 128,
-    margin: float = 0.5,
+    margin: float = 1.5,
     epochs: int = 20,
     decorrelate: float = 1.0,
     seed: int = 0,
