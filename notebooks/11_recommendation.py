@@ -413,7 +413,7 @@ figure, ax = plt.subplots(figsize=(8, 3.6))
 looks = {"popularity": (7, "x:"), "item-kNN": (1, "^--"), "EASE": (2, "s-."), "triplets": (0, "o-")}
 for name, (color, style) in looks.items():
     ax.plot(range(5), by_group[name], style, color=PALETTE[color])
-    lift = {"EASE": 8, "triplets": -7}.get(name, 0)
+    lift = {"EASE": 9, "triplets": -1, "item-kNN": -7}.get(name, 0)
     end = {"xytext": (8, lift), "textcoords": "offset points", "va": "center"}
     ax.annotate(name, (4, by_group[name][4]), color=PALETTE[color], **end)
 spans = [
