@@ -41,9 +41,9 @@ from torch import nn
 from tripletlib import (
     Score,
     TripletNet,
-    list_ndcg_at_k,
     list_recall_at_k,
     load_libraries,
+    ndcg_at_k,
 )
 from tripletlib.plotting import DIFFERENT, PALETTE, SAME, use_theme
 
@@ -127,7 +127,7 @@ by_hand = 2 / 3, (gains[0] + gains[3]) / gains[:3].sum()
 toy_scores = torch.arange(20.0).flip(0)[None]
 toy_wanted = torch.zeros(1, 20, dtype=torch.bool)
 toy_wanted[0, [0, 3, 15]] = True
-by_library = list_recall_at_k(toy_scores, toy_wanted), list_ndcg_at_k(toy_scores, toy_wanted)
+by_library = list_recall_at_k(toy_scores, toy_wanted), ndcg_at_k(toy_scores, toy_wanted)
 for name, hand, library in zip(("Recall@10", "NDCG@10"), by_hand, by_library, strict=True):
     print(f"{name:10} {hand:.4f} by hand, {float(library):.4f} by the library")
     assert abs(hand - library) < 1e-6
@@ -178,7 +178,7 @@ def measure(name, scores):
     lists[name] = scores.topk(10).indices.numpy()
     table[name] = {
         "Recall@10": recall,
-        "NDCG@10": list_ndcg_at_k(scores, wanted),
+        "NDCG@10": ndcg_at_k(scores, wanted),
         "libraries": len(np.unique(lists[name])),
         "to the top 14": np.isin(lists[name], popular).mean(),
     }

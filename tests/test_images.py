@@ -14,6 +14,15 @@ from torchvision.datasets import ImageFolder
 from tripletlib import ImageFolderDataset, embed, fit, load_fashion_mnist, load_image
 from tripletlib.data.mnist import PIXEL_STATISTICS
 
+MODES = {
+    "png": "1 L P RGB RGBA LA I;16",
+    "tiff": "1 L P RGB RGBA LA CMYK I I;16 F",
+    "jpeg": "L RGB CMYK",
+    "gif": "1 L P RGB RGBA LA",
+    "bmp": "1 L P RGB RGBA",
+    "webp": "L RGB RGBA",
+}
+
 
 def pixels(image):
     mean, deviation = PIXEL_STATISTICS["FashionMNIST"]
@@ -47,17 +56,7 @@ def test_no_test_image_is_taken_for_a_negative():
 
 
 @pytest.mark.parametrize("background", [0, 255])
-@pytest.mark.parametrize(
-    ("kind", "modes"),
-    {
-        "png": "1 L P RGB RGBA LA I;16",
-        "tiff": "1 L P RGB RGBA LA CMYK I I;16 F",
-        "jpeg": "L RGB CMYK",
-        "gif": "1 L P RGB RGBA LA",
-        "bmp": "1 L P RGB RGBA",
-        "webp": "L RGB RGBA",
-    }.items(),
-)
+@pytest.mark.parametrize(("kind", "modes"), MODES.items())
 def test_every_kind_and_mode_shows_a_bright_shape_on_black(background, kind, modes, tmp_path):
     for mode in modes.split():
         image = shape_on(background, 255 - background)
@@ -316,17 +315,7 @@ def test_images_are_turned_upright(orientation, tmp_path):
         assert torch.equal(photos.read(opened), photos[0])
 
 
-@pytest.mark.parametrize(
-    ("kind", "modes"),
-    {
-        "png": "1 L P RGB RGBA LA I;16",
-        "tiff": "1 L P RGB RGBA LA CMYK I I;16 F",
-        "jpeg": "L RGB CMYK",
-        "gif": "1 L P RGB RGBA LA",
-        "bmp": "1 L P RGB RGBA",
-        "webp": "L RGB RGBA",
-    }.items(),
-)
+@pytest.mark.parametrize(("kind", "modes"), MODES.items())
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_kind_and_mode_becomes_bytes_of_the_mode_asked_for(kind, modes, channels, tmp_path):
     image = shape_on(255, 0)

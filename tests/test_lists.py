@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
 import tripletlib.scores
-from tripletlib import Score, list_ndcg_at_k, list_recall_at_k
+from tripletlib import Score, list_recall_at_k, ndcg_at_k
 
-OF_LISTS = (list_recall_at_k, list_ndcg_at_k)
+OF_LISTS = (list_recall_at_k, ndcg_at_k)
 NEVER = -torch.inf
 SCORES = torch.tensor([[0.9, 0.5, 0.1, 0.7], [0.2, 0.4, 0.6, 0.8]])
 WANTED = torch.tensor([[True, False, True, False], [False, False, True, False]])
@@ -50,12 +50,12 @@ def test_hand_worked_cases():
     assert list_recall_at_k(SCORES, WANTED, k=2) == (1 / 2 + 1) / 2
     assert list_recall_at_k(SCORES, WANTED, k=4) == 1.0
     first = (1 + 1 / math.log2(5)) / (1 + 1 / math.log2(3))
-    assert list_ndcg_at_k(SCORES, WANTED, k=4) == pytest.approx((first + 1 / math.log2(3)) / 2)
-    assert list_ndcg_at_k(SCORES, WANTED, k=1) == (1 + 0) / 2
+    assert ndcg_at_k(SCORES, WANTED, k=4) == pytest.approx((first + 1 / math.log2(3)) / 2)
+    assert ndcg_at_k(SCORES, WANTED, k=1) == (1 + 0) / 2
     # Of three wanted items one place can hold one: recall is a third, the list is perfect.
     wanted = torch.tensor([[True, True, False, True]])
     assert list_recall_at_k(SCORES[:1], wanted, k=1) == pytest.approx(1 / 3)
-    assert list_ndcg_at_k(SCORES[:1], wanted, k=1) == 1.0
+    assert ndcg_at_k(SCORES[:1], wanted, k=1) == 1.0
 
 
 @settings(max_examples=150, deadline=None)
@@ -77,7 +77,7 @@ def test_ndcg_equals_scikit_learn(k, grid):
     scores, wanted = lists(grid=grid)
     kept = wanted.any(dim=1)
     expected = ndcg_score(wanted[kept].numpy(), scores[kept].numpy(), k=k)
-    assert list_ndcg_at_k(scores, wanted, k=k) == pytest.approx(expected)
+    assert ndcg_at_k(scores, wanted, k=k) == pytest.approx(expected)
 
 
 def test_what_is_never_recommended_is_never_found_yet_wanted():
@@ -85,7 +85,7 @@ def test_what_is_never_recommended_is_never_found_yet_wanted():
     assert list_recall_at_k(scores, torch.tensor([[False, True, True, False]]), k=4) == 0.0
     half = torch.tensor([[True, True, False, False]])
     assert list_recall_at_k(scores, half, k=4) == 0.5
-    assert list_ndcg_at_k(scores, half, k=4) == pytest.approx(1 / (1 + 1 / math.log2(3)))
+    assert ndcg_at_k(scores, half, k=4) == pytest.approx(1 / (1 + 1 / math.log2(3)))
     for of in OF_LISTS:
         assert of(torch.full((3, 4), NEVER), half.repeat(3, 1), k=2) == 0.0
 

@@ -28,9 +28,9 @@ from tripletlib.sampling import BalancedBatchSampler, draw_triplets
 from tripletlib.scores import (
     Score,
     knn_accuracy,
-    list_ndcg_at_k,
     list_recall_at_k,
     mean_average_precision_at_r,
+    ndcg_at_k,
     r_precision,
     recall_at_k,
 )
@@ -63,7 +63,6 @@ __all__ = [
     "jitter",
     "jitter_colours",
     "knn_accuracy",
-    "list_ndcg_at_k",
     "list_recall_at_k",
     "load_emoji",
     "load_fashion_mnist",
@@ -74,6 +73,7 @@ __all__ = [
     "load_or_fit",
     "mean_average_precision_at_r",
     "mine_triplets",
+    "ndcg_at_k",
     "pair_distances",
     "pairwise_distances",
     "r_precision",

@@ -270,7 +270,7 @@ def list_recall_at_k(
     return _mean_of_lists(scores, wanted, worth, np.ones(len(places)), return_values)
 
 
-def list_ndcg_at_k(
+def ndcg_at_k(
     scores: Tensor, wanted: Tensor, *, k: int = 10, return_values: bool = False
 ) -> Score | tuple[Score, np.ndarray]:
     """Return NDCG@k, which asks also how early in its list a query's wanted items come.

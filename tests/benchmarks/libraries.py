@@ -38,7 +38,7 @@ from recommenders import (
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from tripletlib import Score, list_ndcg_at_k, list_recall_at_k, load_libraries
+from tripletlib import Score, list_recall_at_k, load_libraries, ndcg_at_k
 
 LENGTH = 10  # of a list
 METRICS = ("Recall@10", "NDCG@10", "libraries", "to the 14 most popular", "seconds")
@@ -216,7 +216,7 @@ def measure(
     scores[entries(visible)] = -torch.inf
     wanted = torch.from_numpy(hidden.toarray() > 0)
     recall, values = list_recall_at_k(scores, wanted, k=LENGTH, return_values=True)
-    ndcg = list_ndcg_at_k(scores, wanted, k=LENGTH)
+    ndcg = ndcg_at_k(scores, wanted, k=LENGTH)
     lists = scores.topk(LENGTH).indices.numpy()
     return [recall, ndcg, len(np.unique(lists)), np.isin(lists, popular).mean()], values
 
