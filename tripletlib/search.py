@@ -280,7 +280,8 @@ class SearchIndex:
         if effort > _MOST_EFFORT:
             raise ValueError(f"effort must be at most {_MOST_EFFORT}, got {effort}")
         if self.kind == "hnsw":
-            return _faiss().SearchParametersHNSW(efSearch=int(effort))
+            # More candidates than points find nothing more, and FAISS would make room for them.
+            return _faiss().SearchParametersHNSW(efSearch=min(int(effort), self.index.ntotal))
         return _faiss().SearchParametersIVF(nprobe=min(int(effort), self.index.nlist))
 
     def _search_exactly(self, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
