@@ -260,9 +260,13 @@ def test_only_visible_images_count_at_any_depth_and_in_any_case(folder):
     a_photograph(0).save(folder / "oak" / "deep" / ".thumbnails" / "b.png")
     (folder / "oak" / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "linked").symlink_to(folder / "дом", target_is_directory=True)
+    shorter = folder.parent / "photo"  # its path begins that of the folder, which is not in it
+    shorter.mkdir()
+    a_photograph(0).save(shorter / "a.png")
+    (folder / "shorter").symlink_to(shorter, target_is_directory=True)
     photos = ImageFolderDataset(folder)
-    assert len(photos) == 12 + 4 + 1
-    assert photos.classes == ["kaze 風", "linked", "oak", "дом"]
+    assert len(photos) == 12 + 4 + 1 + 1
+    assert photos.classes == ["kaze 風", "linked", "oak", "shorter", "дом"]
     assert photos.targets[photos.names.index("oak/deep/A.JPG")] == 2
 
 

@@ -155,7 +155,7 @@ def triplets(uses: csr_array, visible: csr_array, seed: int = 0, **changes: obje
         return network.scores(network(visible)).numpy()
 
 
-# The settings that served best on projects held back, and the others that were tried.
+# The settings chosen on projects held back, none of the others surely better, and those others.
 WAYS: dict[str, tuple[Callable, dict, list[dict]]] = {
     "most popular": (popularity, {}, []),
     "truncated SVD": (truncated_svd, {}, [{"rank": rank} for rank in (32, 128, 256)]),

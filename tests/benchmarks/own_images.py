@@ -16,6 +16,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
+from emoji import redraw
 from machine import THREADS, machine
 from torch import Tensor
 
@@ -25,19 +26,12 @@ from tripletlib import (
     TripletLoss,
     embed,
     fit,
-    jitter,
-    jitter_colours,
     load_emoji,
     mean_average_precision_at_r,
 )
 
 CLASSES, EACH, SEEDS = (20, 80, 320, 827), (2, 4, 8), (0, 1)
 LOOKS, BATCH = 36_000, 192
-
-
-def redraw(images: Tensor) -> Tensor:
-    """Change a batch as another designer might."""
-    return jitter_colours(jitter(images))
 
 
 def trained(images: Tensor, labels: Tensor, each: int, seed: int) -> ResidualNet:

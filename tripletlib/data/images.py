@@ -80,8 +80,7 @@ def load_image(path: str | os.PathLike, size: int = 28) -> Tensor:
     check_count(size, "size")
     grey = _read(path, _grey)
     background = float(np.median(_border(np.asarray(grey))))
-    shrink = size / max(grey.size)
-    sides = tuple(max(1, round(side * shrink)) for side in grey.size)
+    sides = _sides_within(size, grey)
     square = Image.new("F", (size, size), background)
     corner = tuple((size - side) // 2 for side in sides)
     square.paste(grey.convert("F").resize(sides, Image.Resampling.LANCZOS), corner)
@@ -277,8 +276,8 @@ def _images_below(folder: Path) -> list[str]:
 
 def _leads_back(path: str) -> bool:
     """Whether a folder is a link to one that it lies in."""
-    real = os.path.realpath(path)
-    return os.path.islink(path) and os.path.realpath(os.path.dirname(path)).startswith(real)
+    lies_in = Path(os.path.realpath(os.path.dirname(path)))
+    return os.path.islink(path) and lies_in.is_relative_to(os.path.realpath(path))
 
 
 def _classes_of(names: list[str], labelled: bool | None) -> tuple[list[str], list[int] | None]:
@@ -333,10 +332,15 @@ def _coloured(image: Image.Image, mode: str) -> Image.Image:
     return image.convert("RGB").convert(mode)
 
 
+def _sides_within(size: int, image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image scaled until its longer side is `size`."""
+    shrink = size / max(image.size)
+    return tuple(max(1, round(side * shrink)) for side in image.size)
+
+
 def _square(image: Image.Image, size: int) -> Tensor:
     """Scale an image until its longer side fits, and pad it to a square; values from 0 to 1."""
-    shrink = size / max(image.size)
-    sides = tuple(max(1, round(side * shrink)) for side in image.size)
+    sides = _sides_within(size, image)
     image = image.resize(sides, Image.Resampling.LANCZOS)
     pixels = np.asarray(image).reshape(sides[1], sides[0], -1)
     background = np.median(_border(pixels), axis=0).astype(np.uint8)
