@@ -665,7 +665,7 @@ assert (
 # %% [markdown]
 # At random, the network learns next to nothing but places, and ends *below* no training at all: it was taught to put all
 # places on one spot, and next to nothing about anything else. Batches of 64 classes × 3 show it every class equally often, and it gains. The price: most of the thousand
-# are not looked at (places are in one batch of ten, by three pictures). Sorting them would make many classes of them.
+# are not looked at (places are one class of 677 now, so in one batch of ten, by three pictures). Sorting them would make many classes of them.
 #
 # ## How many classes, how many images?
 #
