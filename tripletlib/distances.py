@@ -18,7 +18,7 @@ _CLOSE = 1e-9
 # So many close pairs a row are looked at for coincidence; more is a collapse.
 _CLOSE_PAIRS = 4
 
-_BLOCK = 2**17
+_BLOCK = 2**18
 _LEAST_ROWS = 64  # fewer would waste a matrix product
 
 
@@ -181,8 +181,9 @@ class _Distances(torch.autograd.Function):
         pull_back = _pull_back if ctx.by_product else _pull_back_by_difference
         if ctx.own:
             return pull_back(grad, known, x, x, own=True), None, None, None, None
-        known_t = None if known is None else known.T
-        for_x, for_y = pull_back(grad, known, x, y), pull_back(grad.T, known_t, y, x)
+        for_x = pull_back(grad, known, x, y) if ctx.needs_input_grad[0] else None
+        known = None if known is None else known.T
+        for_y = pull_back(grad.T, known, y, x) if ctx.needs_input_grad[1] else None
         return for_x, for_y, None, None, None
 
 
@@ -197,7 +198,7 @@ def _pull_back(
     a, b = _centred(x, x if own else y)
     out = torch.empty_like(a)
     for rows in blocks(*grad.shape):
-        block = (grad[rows] + grad[:, rows].T if own else grad[rows]).double()
+        block = (_both_ways(grad, rows) if own else grad[rows]).double()
         if distances is not None:
             block = block.div(distances[rows]).masked_fill_(distances[rows] == 0, 0.0)
         out[rows] = (block.sum(dim=1, keepdim=True) * a[rows]).addmm_(block, b, alpha=-1)
@@ -213,7 +214,7 @@ def _pull_back_by_difference(
     a, b, largest = x.to(wide), y.to(wide), torch.finfo(wide).max
     out = torch.empty_like(a)
     for rows in blocks(*grad.shape):
-        block = (grad[rows] + grad[:, rows].T if own else grad[rows]).to(wide)
+        block = (_both_ways(grad, rows) if own else grad[rows]).to(wide)
         if distances is not None:
             lengths = distances[rows].to(wide).masked_fill(distances[rows] == 0, torch.inf)
         for of_out, of_a, of_b in zip(out[rows].T, a[rows].T, b.T, strict=True):
@@ -222,6 +223,12 @@ def _pull_back_by_difference(
             of_out.copy_(slopes.mul_(block).sum(dim=1))
     out = out.mul_(2) if distances is None else out
     return _finite(out, x.dtype)
+
+
+def _both_ways(grad: Tensor, rows: slice) -> Tensor:
+    """Rows of the gradient and of its transpose, added up."""
+    # Copied twice, a transpose is quicker than read across.
+    return grad[:, rows].contiguous().T.contiguous().add_(grad[rows])
 
 
 def _finite(gradient: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,16 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tripletlib._pairs import Pairs, pairs_of
 from tripletlib._precision import at_least_float32, power_of_two, room_to_add, widest, within
 from tripletlib._validation import check_choice, check_labels, check_number, check_points
 from tripletlib.distances import distances_of, norm_of_rows, refuse_second_derivative
-from tripletlib.triplets import (
-    active_triplets,
-    check_batch,
-    count_valid,
-    round_margin,
-    same_class,
-)
+from tripletlib.triplets import Active, active_triplets, nearest_farther, round_margin
 
 REDUCTIONS = ("active", "mean", "sum")
 MININGS = ("all", "semihard", "hard")
@@ -23,12 +18,16 @@ MININGS = ("all", "semihard", "hard")
 
 def batch_all_triplet_loss(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     margin: float = 0.2,
     *,
     squared: bool = True,
     reduction: str = "active",
     return_active: bool = False,
+    reference: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    same: Tensor | None = None,
+    anchor_rows: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Hinge loss max(0, d(a, p) - d(a, n) + margin) over every valid triplet of a batch, exactly.
 
@@ -36,12 +35,15 @@ def batch_all_triplet_loss(
     ever listed: sorting each anchor's distances counts in how many active triplets each pair is,
     which gives value and gradient in n² memory and n² log n time.
 
+    With a reference set of r rows (a memory of past batches, say, or the rows of other processes)
+    every anchor of the batch has its positives and negatives there, and there alone, in n r memory.
+
     Parameters
     ----------
     embeddings : Tensor of shape (n, d)
         Floating-point rows; float16 and bfloat16 are computed in, and give, float32.
-    labels : Tensor of shape (n,)
-        Integer classes.
+    labels : Tensor of shape (n,), optional
+        Integer classes. Either these or `same` must be given.
     margin : float, default 0.2
         How much farther than the positive a negative has to be, in the distance used.
     squared : bool, default True
@@ -50,6 +52,19 @@ def batch_all_triplet_loss(
         Mean over the triplets with positive loss, mean over all valid triplets, or sum.
     return_active : bool, default False
         Return also how many triplets have positive loss.
+    reference : Tensor of shape (r, d), optional
+        Where positives and negatives are taken from; by default the batch itself. It gets a
+        gradient if it requires one.
+    reference_labels : Tensor of shape (r,), optional
+        Its classes, with `reference` and `labels`.
+    same : Tensor of bool, shape (n, n) or (n, r), optional
+        Instead of labels, which rows of the batch (or of the reference) are of each anchor's kind:
+        its positives; all others are its negatives. For samples of several labels, say, or a graded
+        similarity cut at a level. It need not be symmetric.
+    anchor_rows : Tensor of int64, shape (n,), optional
+        Which row of the reference *is* the anchor, and so neither its positive nor its negative;
+        -1 for none. By default those that lie in the same memory, as in a reference of which the
+        batch is a slice; a *copy*, as `torch.cat` makes, must be told.
 
     Returns
     -------
@@ -71,18 +86,33 @@ def batch_all_triplet_loss(
     clustering", 2015, equation 2. A. Hermans, L. Beyer, B. Leibe, "In defense of the triplet loss
     for person re-identification", 2017, equation 6 ("batch all").
     """
-    check_batch(embeddings, labels, margin)
     check_choice(reduction, REDUCTIONS, "reduction")
-    distances = distances_of(embeddings, squared=squared)
+    others = {"reference": reference, "reference_labels": reference_labels}
+    pairs = pairs_of(embeddings, labels, margin, **others, same=same, anchor_rows=anchor_rows)
+    loss, known = _batch_all(embeddings, reference, pairs, margin, squared, reduction)
+    return (loss, known.number) if return_active else loss
+
+
+def _batch_all(
+    embeddings: Tensor,
+    reference: Tensor | None,
+    pairs: Pairs,
+    margin: float,
+    squared: bool,
+    reduction: str = "active",
+    *,
+    means: bool = False,
+) -> tuple[Tensor, Active]:
+    """Give the loss over all triplets, and what was seen on the way."""
+    distances = distances_of(embeddings, reference, squared=squared)
     with torch.no_grad():
-        labels = labels.to(embeddings.device)
         # The backward of squared distances does not look at them again.
-        known = active_triplets(distances.detach(), labels, margin, overwrite=squared)
-        counts, active, total, unit = known
-        number = {"active": active, "mean": count_valid(labels), "sum": 1}[reduction]
-        number = torch.as_tensor(number, device=total.device).clamp(min=1)
-    loss = _Known.apply(distances, total / number / unit, counts, number)
-    return (loss, active) if return_active else loss
+        known = active_triplets(distances.detach(), pairs, margin, overwrite=squared, means=means)
+        valid = pairs.count_valid() if reduction == "mean" else 1
+        number = known.number if reduction == "active" else known.number.new_tensor(valid)
+        number = number.clamp(min=1)
+    loss = _Known.apply(distances, known.total / number / known.unit, known.counts, number)
+    return loss, known
 
 
 class _Known(torch.autograd.Function):
@@ -104,16 +134,15 @@ class _Known(torch.autograd.Function):
 
 
 def _mean_of_softplus(
-    distances: Tensor, same: Tensor, margin: float, number: int
+    distances: Tensor, pairs: Pairs, margin: float, number: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean of softplus over all valid triplets, their number, and its sum's gradient."""
+    """Mean of softplus over all valid triplets, and its sum's gradient."""
     wide = widest(distances.device)
     unit = room_to_add(distances, wide, margin)
     slopes = torch.zeros_like(distances)
     total = torch.zeros((), dtype=wide, device=distances.device)
-    for anchor, (row, alike) in enumerate(zip(distances, same, strict=True)):
-        positive = alike.clone()
-        positive[anchor] = False
+    rows = zip(distances, pairs.positive, pairs.alike, strict=True)
+    for anchor, (row, positive, alike) in enumerate(rows):
         gaps = row[positive][:, None] - row[~alike][None, :] + margin
         total += F.softplus(gaps).mul_(unit).sum(dtype=wide)
         weights = gaps.sigmoid_()
@@ -125,7 +154,9 @@ def _mean_of_softplus(
 class TripletLoss(nn.Module):
     """Triplet loss over the triplets that `mining` picks from a batch.
 
-    Called with `(embeddings, labels)` of shapes (n, d) and (n,), it gives a scalar.
+    Called with `(embeddings, labels)` of shapes (n, d) and (n,), it gives a scalar. It takes a
+    `reference` set with its `reference_labels`, the boolean matrix `same` instead of labels, and
+    `anchor_rows`, as `batch_all_triplet_loss` does.
 
     - "all": every valid triplet, mean over those with positive loss (`batch_all_triplet_loss`).
     - "semihard": for each pair of anchor and positive the nearest negative that is farther than the
@@ -134,7 +165,8 @@ class TripletLoss(nn.Module):
     - "hard": for each anchor its farthest positive and nearest negative; mean over the anchors that
       have both.
 
-    Memory is n² in every case. A batch without triplets gives zero, with a gradient of zeros.
+    Memory is n² (with a reference n r, and r² for "all" with `soft`) in every case. A batch without
+    triplets gives zero, with a gradient of zeros.
 
     Parameters
     ----------
@@ -177,19 +209,30 @@ class TripletLoss(nn.Module):
         self.squared = squared
         self.soft = soft
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        *,
+        reference: Tensor | None = None,
+        reference_labels: Tensor | None = None,
+        same: Tensor | None = None,
+        anchor_rows: Tensor | None = None,
+    ) -> Tensor:
         """Give the loss of a batch."""
+        others = {"reference": reference, "reference_labels": reference_labels}
+        others |= {"same": same, "anchor_rows": anchor_rows}
+        pairs = pairs_of(embeddings, labels, self.margin, **others)
         if self.mining == "all" and not self.soft:
-            return batch_all_triplet_loss(embeddings, labels, self.margin, squared=self.squared)
-        check_batch(embeddings, labels, self.margin)
-        distances = distances_of(embeddings, squared=self.squared)
-        same = same_class(labels.to(embeddings.device))
+            return _batch_all(embeddings, reference, pairs, self.margin, self.squared)[0]
+        distances = distances_of(embeddings, reference, squared=self.squared)
         margin = round_margin(self.margin, distances.dtype)
         if self.mining == "all":
-            number = max(count_valid(labels), 1)
-            mean, slopes = _mean_of_softplus(distances.detach(), same, margin, number)
+            number = max(pairs.count_valid(), 1)
+            mean, slopes = _mean_of_softplus(distances.detach(), pairs, margin, number)
             return _Known.apply(distances, mean, slopes, number)
-        positive, negative = {"hard": _hardest, "semihard": _semihard}[self.mining](distances, same)
+        pick = {"hard": _hardest, "semihard": _semihard}[self.mining]
+        positive, negative = pick(distances, pairs)
         gaps = positive - negative + margin
         # (At zero, the gradient of a clamp is 1 in some versions of torch.)
         return _mean(F.softplus(gaps) if self.soft else gaps.relu(), distances)
@@ -211,29 +254,33 @@ def _mean(losses: Tensor, distances: Tensor) -> Tensor:
     return within((wide * unit).sum() / losses.numel() / unit, losses.dtype)
 
 
-def _hardest(distances: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+def _hardest(distances: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Farthest positive and nearest negative of every anchor that has both."""
-    positive = same.clone().fill_diagonal_(False)
-    anchors = positive.any(dim=1) & ~same.all(dim=1)
+    anchors = (pairs.positives * pairs.negatives) > 0
     if not anchors.any():
         return distances.new_zeros(0), distances.new_zeros(0)
-    distances, positive, same = distances[anchors], positive[anchors], same[anchors]
+    distances, positive, alike = distances[anchors], pairs.positive[anchors], pairs.alike[anchors]
     return (
         distances.masked_fill(~positive, -torch.inf).amax(dim=1),
-        distances.masked_fill(same, torch.inf).amin(dim=1),
+        distances.masked_fill(alike, torch.inf).amin(dim=1),
     )
 
 
-def _semihard(distances: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+def _semihard(distances: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Every pair's distance, and that of its nearest farther, or else the farthest, negative."""
-    positive = same.clone().fill_diagonal_(False) & ~same.all(dim=1, keepdim=True)
-    anchors, positives = positive.nonzero(as_tuple=True)
+    columns, positive = pairs.table
     with torch.no_grad():
-        ordered, order = distances.masked_fill(same, torch.inf).sort(dim=1)
-        farther = torch.searchsorted(ordered, distances.detach().contiguous(), right=True)
-        last = (~same).sum(dim=1, keepdim=True) - 1
-        negatives = order.gather(1, torch.minimum(farther, last).clamp(min=0))[anchors, positives]
-    return distances[anchors, positives], distances[anchors, negatives]
+        known = distances.detach()
+        negatives = nearest_farther(known, pairs)
+        alone = (negatives < 0).any(dim=1).nonzero()[:, 0]  # (-1 fills up the table, too)
+        farthest = known[alone].scatter(1, columns[alone], -torch.inf)
+        if farthest.numel():
+            farthest = farthest.argmax(dim=1, keepdim=True)
+            negatives[alone] = torch.where(negatives[alone] < 0, farthest, negatives[alone])
+        anchors, place = (positive & (pairs.negatives > 0)[:, None]).nonzero(as_tuple=True)
+        row = anchors * distances.shape[1]
+        ends = torch.stack([row + columns[anchors, place], row + negatives[anchors, place]])
+    return distances.reshape(-1).gather(0, ends.view(-1)).view_as(ends).unbind()
 
 
 class DistanceRatioLoss(nn.Module):
@@ -299,7 +346,7 @@ class ContrastiveLoss(nn.Module):
         check_points(embeddings)
         check_labels(labels, len(embeddings))
         distances = distances_of(embeddings)
-        same = same_class(labels.to(embeddings.device))
+        same = Pairs(labels.to(embeddings.device)).alike
         with torch.no_grad():
             margin = round_margin(self.margin, distances.dtype)
             gaps = torch.where(same, distances, (margin - distances).relu())

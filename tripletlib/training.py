@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, Dataset, RandomSampler, Subset
 from tqdm import tqdm
 
 from tripletlib._optimizer import optimizers
+from tripletlib._pairs import Pairs
 from tripletlib._precision import no_autocast
 from tripletlib._reading import (
     Reader,
@@ -44,7 +45,7 @@ from tripletlib._validation import (
 from tripletlib.augmentation import jitter
 from tripletlib.checkpoints import Checkpoint, Origin
 from tripletlib.losses import TripletLoss
-from tripletlib.triplets import count_valid, describe_triplets
+from tripletlib.triplets import describe_triplets
 
 
 class History:
@@ -222,7 +223,7 @@ def fit(
     check_count(0 if seed is None else seed, "seed", low=0)
     # Plain numbers, as PyTorch and files want them, of NumPy's.
     epochs, batch_size, learning_rate = int(epochs), int(batch_size), float(learning_rate)
-    if count_valid(labels) == 0:
+    if Pairs(labels).count_valid() == 0:
         warn("labels hold no triplet, which takes two images of one class and one of another")
     in_memory = isinstance(images, Tensor)
     if augment is None and in_memory and images.dim() == 4:

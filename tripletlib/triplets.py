@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tripletlib._pairs import Pairs, pairs_of
 from tripletlib._precision import power_of_two, room_to_add, widest
-from tripletlib._validation import check_choice, check_labels, check_number, check_points
+from tripletlib._validation import check_choice
 from tripletlib.distances import blocks, distances_of
 
 KINDS = ("all", "random", "hard", "semihard", "easy")
@@ -18,7 +19,8 @@ KINDS = ("all", "random", "hard", "semihard", "easy")
 MEMORY_LIMIT = 4 * 2**30
 _BYTES_EACH = 48
 
-# A search of sorted rows begins by comparing with one pivot less than this.
+# A search of sorted rows begins by comparing with one pivot less than this, and up to so many
+# positives an anchor each is compared with all negatives, without a search.
 _PIVOTS = 8
 
 
@@ -54,7 +56,15 @@ class TripletDescription:
 
 
 def describe_triplets(
-    embeddings: Tensor, labels: Tensor, margin: float = 0.2, *, squared: bool = True
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    margin: float = 0.2,
+    *,
+    squared: bool = True,
+    reference: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    same: Tensor | None = None,
+    anchor_rows: Tensor | None = None,
 ) -> TripletDescription:
     """Describe all triplets of a batch by the numbers that tell convergence from collapse.
 
@@ -62,57 +72,48 @@ def describe_triplets(
     ----------
     embeddings : Tensor of shape (n, d)
         Floating-point rows.
-    labels : Tensor of shape (n,)
+    labels : Tensor of shape (n,), optional
         Integer classes.
     margin : float, default 0.2
         How much farther than the positive a negative has to be, in the distance used.
     squared : bool, default True
         Use squared Euclidean distances, as the losses do.
+    reference, reference_labels, same, anchor_rows : optional
+        As in `batch_all_triplet_loss`.
 
     Returns
     -------
     TripletDescription
-        Fractions and means are 0.0 where there is nothing to average.
+        Fractions and means are 0.0 where there is nothing to average. The spread is that of the
+        embeddings, whatever the reference.
 
     Raises
     ------
     TypeError, ValueError
         If an argument has the wrong type, shape or range, or embeddings are not finite.
     """
-    check_batch(embeddings, labels, margin)
-    n = len(embeddings)
-    labels = labels.to(embeddings.device)
+    others = {"reference": reference, "reference_labels": reference_labels}
+    pairs = pairs_of(embeddings, labels, margin, **others, same=same, anchor_rows=anchor_rows)
     with torch.no_grad():
-        distances = distances_of(embeddings, squared=squared)
-        members, positive = _members(labels)
-        wide = widest(distances.device)
-        unit = room_to_add(distances, wide)
-        counts = torch.zeros(2, dtype=torch.int64, device=distances.device)
-        sums = torch.zeros(2, dtype=wide, device=distances.device)
-        for rows in blocks(n, n):
-            near, others = distances[rows].gather(1, members[rows]), positive[rows]
-            ordered = _padded(_sorted(distances[rows].scatter(1, members[rows], torch.inf)))
-            below = [_below(ordered, _add_up(near, m)).mul_(others) for m in (margin, 0.0)]
-            counts += torch.stack([part.sum(dtype=torch.int64) for part in below])
-            near.mul_(others)
-            far = distances[rows].scatter(1, members[rows], 0.0)
-            sums += torch.stack([part.mul_(unit).sum(dtype=wide) for part in (near, far)])
-        active, hard = counts.tolist()
-        within, between = sums.tolist()
-    valid, pairs = count_valid(labels), int(positive.sum())
+        distances = distances_of(embeddings, reference, squared=squared)
+        hard = int(active_triplets(distances, pairs, 0.0).number)
+        known = active_triplets(distances, pairs, margin, overwrite=True, means=True)
+    valid, active = pairs.count_valid(), int(known.number)
     return TripletDescription(
         triplets=valid,
         active=active / max(valid, 1),
         semihard=(active - hard) / max(valid, 1),
         hard=hard / max(valid, 1),
-        positive_distance=within / max(pairs, 1) / unit,
-        negative_distance=between / max(n * n - n - pairs, 1) / unit,
-        spread=_spread(embeddings.detach()) if n else 0.0,
+        positive_distance=known.positive_distance,
+        negative_distance=known.negative_distance,
+        spread=spread(embeddings.detach()),
     )
 
 
-def _spread(points: Tensor) -> float:
+def spread(points: Tensor) -> float:
     """Root mean square distance from the centroid."""
+    if not len(points):
+        return 0.0
     points = points.to(widest(points.device))
     size = power_of_two(points)
     # From the first point on, so that points that coincide give zero and not what rounding leaves.
@@ -123,12 +124,16 @@ def _spread(points: Tensor) -> float:
 
 def mine_triplets(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     kind: str = "all",
     *,
     margin: float = 0.2,
     squared: bool = True,
     generator: torch.Generator | None = None,
+    reference: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    same: Tensor | None = None,
+    anchor_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """List triplets of a batch as indices of anchors, positives and negatives.
 
@@ -141,7 +146,7 @@ def mine_triplets(
     ----------
     embeddings : Tensor of shape (n, d)
         Floating-point rows.
-    labels : Tensor of shape (n,)
+    labels : Tensor of shape (n,), optional
         Integer classes.
     kind : {"all", "random", "hard", "semihard", "easy"}, default "all"
         Which triplets to list.
@@ -151,12 +156,14 @@ def mine_triplets(
         Compare squared Euclidean distances.
     generator : torch.Generator, optional
         Source of "random"; by default torch's global one.
+    reference, reference_labels, same, anchor_rows : optional
+        As in `batch_all_triplet_loss`.
 
     Returns
     -------
     a, p, n : Tensor of shape (t,)
-        Int64 indices into the batch, ordered by anchor and then positive: the `indices_tuple` that
-        losses of pytorch-metric-learning take.
+        Int64 indices into the batch (p and n: into the reference, if there is one), ordered by
+        anchor and then positive: the `indices_tuple` that losses of pytorch-metric-learning take.
 
     Raises
     ------
@@ -170,55 +177,39 @@ def mine_triplets(
     F. Schroff, D. Kalenichenko, J. Philbin, "FaceNet: A unified embedding for face recognition and
     clustering", 2015, section 3.2.
     """
-    check_batch(embeddings, labels, margin)
     check_choice(kind, KINDS, "kind")
+    others = {"reference": reference, "reference_labels": reference_labels}
+    pairs = pairs_of(embeddings, labels, margin, **others, same=same, anchor_rows=anchor_rows)
     with torch.no_grad():
-        labels = labels.to(embeddings.device)
-        same = same_class(labels)
         if kind == "random":
-            return _draw(same, generator)
+            return _draw(pairs, generator)
         if kind == "all":
-            negatives = _columns(~same)
-            pairs = _pairs(same)
-            last = (~same).sum(dim=1)[pairs[0]]
-            return _expand(pairs, torch.zeros_like(last), last, negatives)
-        return _mine(distances_of(embeddings, squared=squared), labels, kind, margin)
-
-
-def check_batch(embeddings: Tensor, labels: Tensor, margin: float) -> None:
-    """Refuse what no function of embeddings, labels and margin can use."""
-    check_points(embeddings)
-    check_labels(labels, len(embeddings))
-    check_number(margin, "margin")
-
-
-def same_class(labels: Tensor) -> Tensor:
-    """Which pairs are of one class, the pair of a sample with itself included."""
-    return labels[:, None] == labels[None, :]
-
-
-def count_valid(labels: Tensor) -> int:
-    """Count the triplets of two samples of one class and a third of another."""
-    sizes = labels.unique(return_counts=True)[1]
-    return int((sizes * (sizes - 1) * (len(labels) - sizes)).sum())
+            listed = pairs.positive.nonzero(as_tuple=True)
+            last = pairs.negatives[listed[0]]
+            negatives = pairs.alike.byte().argsort(dim=1, stable=True)
+            return _expand(listed, torch.zeros_like(last), last, negatives)
+        return _mine(distances_of(embeddings, reference, squared=squared), pairs, kind, margin)
 
 
 class Active(NamedTuple):
     """What is known of a batch's active triplets, those with d(a, n) < d(a, p) + margin.
 
-    `counts` of shape (n, n) tells in how many of them each pair is, with minus for anchor and
+    `counts` of shape (n, r) tells in how many of them each pair is, with minus for anchor and
     negative; `number` is how many there are, `total` the sum of their hinge losses, in the widest
-    type and times `unit`, a power of two that leaves it room.
+    type and times `unit`, a power of two that leaves it room. The means over the pairs of one and
+    of two classes are there if they were asked for.
     """
 
     counts: Tensor
     number: Tensor
     total: Tensor
     unit: float
+    positive_distance: float
+    negative_distance: float
 
 
 def active_triplets(
-    distances: Tensor, labels: Tensor, margin: float, *, overwrite: bool = False
+    distances: Tensor, pairs: Pairs, margin: float, *, overwrite: bool = False, means: bool = False
 ) -> Active:
     """Count, and sum the hinge losses of, all active triplets of a batch.
 
@@ -228,57 +219,107 @@ def active_triplets(
     that positive. So only positives are sorted, of which a batch has far fewer than of negatives.
     With `overwrite` the counts take the distances' memory.
     """
-    n = len(distances)
-    members, positive = _members(labels)
-    near = distances.gather(1, members)
-    wanted = _add_up(near, margin).masked_fill_(~positive, -torch.inf)
-    ordered = _sorted(wanted.clone())
+    columns, positive = pairs.table
+    of_positives = columns[:, : positive.shape[1]]
+    near = distances.gather(1, of_positives)
+    thresholds = _add_up(near, margin).masked_fill_(~positive, -torch.inf)
+    near.mul_(positive)
     counts = distances if overwrite else torch.empty_like(distances)
     margin = round_margin(margin, distances.dtype)
     wide = widest(distances.device)
     unit = room_to_add(distances, wide, margin)
     number = torch.zeros((), dtype=torch.int64, device=distances.device)
-    total = torch.zeros((), dtype=wide, device=distances.device)
-    for rows in blocks(n, n):
-        block, columns = distances[rows], members[rows]
-        values = block.scatter(1, columns, wanted[rows])
-        place, index = _places(ordered[rows], values)
-        negative = values.fill_(1.0).scatter_(1, columns, 0.0)
-        below = place.new_zeros(len(block), members.shape[1] + 1)
-        below = below.scatter_add_(1, index, negative).cumsum(dim=1)
-        # Equal thresholds all have the place after the last of them.
-        last = index.gather(1, columns).sub_(1).clamp_(min=0)
-        mine = below.gather(1, last).mul_(positive[rows])
-        signed = place.sub_(members.shape[1]).scatter_(1, columns, mine)
+    total, within, between = torch.zeros(3, dtype=wide, device=distances.device).unbind()
+    for rows in blocks(*distances.shape):
+        block = distances[rows]
+        # No threshold is above infinity, so that what is no negative is in no active triplet.
+        far = block.scatter(1, columns[rows], torch.inf)
+        mine, signed = _counts(thresholds[rows], far)
+        signed.scatter_add_(1, of_positives[rows], mine)
         number += mine.sum(dtype=torch.int64)
+        if means:
+            within += near[rows].mul(unit).sum(dtype=wide)
+            between += block.masked_fill(pairs.alike[rows], 0.0).mul_(unit).sum(dtype=wide)
         # A row's counts sum to zero, so that any origin may be taken off.
         shifted = block.to(wide)
         if block.dtype == wide:
             # From the farthest positive, what has to cancel is no larger than the losses
             # themselves. (Float32 needs none: then float64 adds a row without error.)
-            farthest = (near[rows] * positive[rows]).amax(dim=1, keepdim=True)
+            farthest = torch.nn.functional.pad(near[rows], (0, 1)).amax(dim=1, keepdim=True)
             shifted = (block - farthest).mul_(unit)
         total += shifted.mul_(signed).sum(dim=1).sum()
         counts[rows] = signed
-    return Active(counts, number, total + margin * unit * number.to(wide), unit)
+    total += margin * unit * number.to(wide)
+    return Active(
+        *(counts, number, total, unit),
+        within.item() / max(int(pairs.positives.sum()), 1) / unit if means else 0.0,
+        between.item() / max(int(pairs.negatives.sum()), 1) / unit if means else 0.0,
+    )
+
+
+def _counts(thresholds: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """How many values of its row are below each threshold, and minus how many are above each value.
+
+    Both as floats, which hold such numbers without error.
+    """
+    if thresholds.shape[1] < _PIVOTS:
+        signed, below = torch.zeros_like(values), torch.empty_like(values)
+        mine = torch.empty_like(thresholds)
+        for place in range(thresholds.shape[1]):
+            torch.lt(values, thresholds[:, place : place + 1], out=below)
+            mine[:, place] = below.sum(dim=1)
+            signed.sub_(below)
+        return mine, signed
+    ordered = _padded(_sorted(thresholds.clone()), -torch.inf)
+    place, index = _places(ordered, values)
+    below = place.new_zeros(len(values), ordered.shape[1] + 1)
+    below = below.scatter_add_(1, index, torch.ones_like(values)).cumsum(dim=1)
+    # Equal thresholds all have the place after the last of them.
+    last = _places(ordered, thresholds)[1].sub_(1)
+    return below.gather(1, last), place.sub_(ordered.shape[1])
+
+
+def nearest_farther(distances: Tensor, pairs: Pairs) -> Tensor:
+    """For each positive of the table the nearest negative that is farther, and -1 if none is."""
+    columns, positive = pairs.table
+    near = distances.gather(1, columns[:, : positive.shape[1]])
+    found = torch.empty_like(columns[:, : positive.shape[1]])
+    for rows in blocks(*distances.shape):
+        far = distances[rows].scatter(1, columns[rows], torch.inf)
+        found[rows] = _next_above(near[rows], far)
+    return found
+
+
+def _next_above(limits: Tensor, values: Tensor) -> Tensor:
+    """Where in its row the least value above each limit is, and -1 if none is below infinity."""
+    if limits.shape[1] < _PIVOTS // 2:
+        found = torch.empty_like(limits, dtype=torch.int64)
+        above = torch.empty_like(values)
+        for place in range(limits.shape[1]):
+            # Plus 0 where it is above, and infinity elsewhere: quicker than a masked fill.
+            torch.gt(values, limits[:, place : place + 1], out=above)
+            found[:, place] = _argmin(above.reciprocal_().sub_(1.0).add_(values))
+        return found
+    # Between two limits that follow each other only the least value can be the next above one, and
+    # above a limit it is the least of all that lie after it.
+    ordered = _padded(_sorted(limits.clone()), -torch.inf)
+    index = _places(_just_above(ordered), values)[1]
+    least = values.new_full((len(values), ordered.shape[1] + 1), torch.inf)
+    least.scatter_reduce_(1, index, values, "amin")
+    is_least = (values == least.gather(1, index)).logical_and_(values < torch.inf)
+    row, column = is_least.nonzero(as_tuple=True)
+    where = torch.full_like(least, -1, dtype=torch.int64)
+    cell = row * where.shape[1] + index[row, column]
+    where.view(-1).scatter_reduce_(0, cell, column, "amax")  # of equal ones the last
+    source = least.flip(1).cummin(dim=1).indices
+    after = ordered.shape[1] - _places(ordered, limits)[1]
+    return where.flip(1).gather(1, source).gather(1, after)
 
 
 def round_margin(margin: float, dtype: torch.dtype) -> float:
     """Give the margin as the type of the distances has it."""
     margin = min(float(margin), torch.finfo(dtype).max)
     return torch.tensor(margin, dtype=dtype, device="cpu").item()
-
-
-def _members(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For every sample the samples of its class, filled up with itself, and which are others."""
-    _, which, sizes = labels.unique(return_inverse=True, return_counts=True)
-    place = torch.arange(_width(int(sizes.max())) if len(labels) else 0, device=labels.device)
-    first = (sizes.cumsum(dim=0) - sizes)[:, None]
-    table = which.argsort()[(first + place).clamp_(max=len(labels) - 1)]
-    real = (place < sizes[:, None]).index_select(0, which)
-    itself = torch.arange(len(labels), device=labels.device)[:, None]
-    members = torch.where(real, table.index_select(0, which), itself)
-    return members, members != itself
 
 
 def _add_up(distances: Tensor, margin: float) -> Tensor:
@@ -300,6 +341,15 @@ def _sorted(values: Tensor) -> Tensor:
         return values.sort(dim=1).values
     values.numpy().sort(axis=1)  # ten times faster than torch's sort on a CPU
     return values
+
+
+def _argmin(values: Tensor) -> Tensor:
+    """Where the least of each row is, and -1 in a row of infinities."""
+    if values.device.type != "cpu":
+        least = values.min(dim=1)
+        return least.indices.masked_fill(least.values == torch.inf, -1)
+    where = torch.from_numpy(values.numpy().argmin(axis=1))  # nine times faster than torch's
+    return where.masked_fill_(values.amin(dim=1) == torch.inf, -1)
 
 
 def _width(least: int) -> int:
@@ -329,57 +379,43 @@ def _places(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return place, index
 
 
-def _padded(values: Tensor) -> Tensor:
-    """As many infinities at the end of each row as make it a width that `_places` can search."""
-    n = values.shape[1]
-    return torch.nn.functional.pad(values, (0, _width(n) - n), value=torch.inf)
+def _padded(ordered: Tensor, value: float) -> Tensor:
+    """As many more of the least value at each row's start as make a width for `_places`."""
+    n = ordered.shape[1]
+    return torch.nn.functional.pad(ordered, (_width(n) - n, 0), value=value)
 
 
-def _below(ordered: Tensor, limits: Tensor) -> Tensor:
-    """How many of a row's ordered numbers are below each limit, as floats."""
-    return _places(ordered, limits.nextafter(limits.new_tensor(-torch.inf)))[0]
+def _just_above(values: Tensor) -> Tensor:
+    return values.nextafter(values.new_tensor(torch.inf))
 
 
-def _pairs(same: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchors and positives."""
-    positive = same.clone().fill_diagonal_(False)
-    return positive.nonzero(as_tuple=True)
-
-
-def _columns(negative: Tensor) -> Tensor:
-    """For every row first its negatives and then the rest, each in ascending order."""
-    return negative.logical_not().byte().argsort(dim=1, stable=True)
-
-
-def _draw(same: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(pairs: Pairs, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """One positive and one negative, uniformly, for every anchor that has both."""
-    positive = same.clone().fill_diagonal_(False)
-    anchors = (positive.any(dim=1) & ~same.all(dim=1)).nonzero()[:, 0]
+    anchors = (pairs.positives * pairs.negatives).nonzero()[:, 0]
     if not len(anchors):
         return anchors, anchors.clone(), anchors.clone()
-    place = same.device if generator is None else generator.device
+    place = anchors.device if generator is None else generator.device
     positives, negatives = (
         torch.multinomial(mask[anchors].float().to(place), 1, generator=generator)[:, 0]
-        for mask in (positive, ~same)
+        for mask in (pairs.positive, ~pairs.alike)
     )
-    return anchors, positives.to(same.device), negatives.to(same.device)
+    return anchors, positives.to(anchors.device), negatives.to(anchors.device)
 
 
 def _mine(
-    distances: Tensor, labels: Tensor, kind: str, margin: float
+    distances: Tensor, pairs: Pairs, kind: str, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hard, semi-hard and easy negatives of a pair: stretches of the anchor's sorted negatives."""
-    same = same_class(labels)
-    pairs = _pairs(same)
+    listed = pairs.positive.nonzero(as_tuple=True)
     ends = [
-        torch.zeros_like(pairs[0]),
-        active_triplets(distances, labels, 0.0).counts[pairs].long(),
-        active_triplets(distances, labels, margin).counts[pairs].long(),
-        (~same).sum(dim=1)[pairs[0]],
+        torch.zeros_like(listed[0]),
+        active_triplets(distances, pairs, 0.0).counts[listed].long(),
+        active_triplets(distances, pairs, margin).counts[listed].long(),
+        pairs.negatives[listed[0]],
     ]
     start = ("hard", "semihard", "easy").index(kind)
-    negatives = distances.masked_fill(same, torch.inf).argsort(dim=1, stable=True)
-    return _expand(pairs, ends[start], ends[start + 1], negatives)
+    negatives = distances.masked_fill(pairs.alike, torch.inf).argsort(dim=1, stable=True)
+    return _expand(listed, ends[start], ends[start + 1], negatives)
 
 
 def _expand(
