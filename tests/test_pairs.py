@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_losses import LargestTensor
+from test_triplets import as_set, kinds_of
 
 from tripletlib import TripletLoss, batch_all_triplet_loss, describe_triplets, mine_triplets
 
@@ -132,21 +134,13 @@ def test_triplets_are_what_the_masks_say(case, margin, squared):
     positive, negative = case.masks
     valid = positive[:, :, None] & negative[:, None, :]
     gap = d[:, None, :] - d[:, :, None]
-    kinds = {
-        "all": valid,
-        "hard": valid & (gap < 0),
-        "semihard": valid & (gap >= 0) & (gap < margin),
-        "easy": valid & (gap >= margin),
-    }
+    kinds = kinds_of(valid, gap, margin)
     options = case.options | {"margin": margin, "squared": squared}
     for kind, mask in kinds.items():
         got = mine_triplets(case.x, kind=kind, **options)
-        assert list(zip(*(t.tolist() for t in got), strict=True)) == sorted(
-            zip(*(t.tolist() for t in got), strict=True), key=lambda triplet: triplet[:2]
-        )
-        listed = set(zip(*(t.tolist() for t in got), strict=True))
-        assert len(listed) == len(got[0])
-        assert listed == set(zip(*(t.tolist() for t in mask.nonzero(as_tuple=True)), strict=True))
+        pairs = list(zip(got[0].tolist(), got[1].tolist(), strict=True))
+        assert pairs == sorted(pairs)
+        assert as_set(got) == as_set(mask.nonzero(as_tuple=True)), kind
     drawn = mine_triplets(case.x, kind="random", **options)
     assert drawn[0].tolist() == valid.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
     assert valid[drawn].all()
@@ -259,8 +253,6 @@ def test_gradient_only_where_one_is_wanted(trained):
 
 
 def test_memory_goes_with_the_pairs_and_not_with_the_triplets():
-    from test_losses import LargestTensor
-
     case = large(n=50, r=400, classes=3)
     for loss in (loss for name, loss in LOSSES.items() if name != "all, soft"):
         leaf = case.x.clone().requires_grad_()

@@ -39,19 +39,23 @@ def as_set(triplets):
     return set(listed)
 
 
+def kinds_of(valid, gap, margin):
+    """Share out the valid triplets by d(a, n) - d(a, p)."""
+    return {
+        "all": valid,
+        "hard": valid & (gap < 0),
+        "semihard": valid & (gap >= 0) & (gap < margin),
+        "easy": valid & (gap >= margin),
+    }
+
+
 @settings(deadline=None, max_examples=80)
 @given(batches(), st.sampled_from([0.0, 1.0, 2.0]))
 def test_kinds_are_what_their_definitions_say(batch, margin):
     x, labels = batch
     valid, d = explicit(x, labels)
     gap = d[:, None, :] - d[:, :, None]
-    kinds = {
-        "all": valid,
-        "hard": valid & (gap < 0),
-        "semihard": valid & (gap >= 0) & (gap < margin),
-        "easy": valid & (gap >= margin),
-    }
-    for kind, mask in kinds.items():
+    for kind, mask in kinds_of(valid, gap, margin).items():
         got = mine_triplets(x, labels, kind, margin=margin)
         assert all(t.dtype == torch.int64 for t in got)
         assert as_set(got) == as_set(mask.nonzero(as_tuple=True)), kind

@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tripletlib._validation import check_labels, check_number, check_points
+from tripletlib._validation import check_labels, check_match, check_number, check_points
 
 
 class Table(NamedTuple):
-    """For every anchor the columns that are no negatives, and which of them are positives.
+    """For every anchor a list of its positives, filled up with anything.
 
-    `columns` of shape (n, w) begins with the positives and is filled up with what is no negative
-    either; `positive` of shape (n, p), p ≤ w, tells which of the first p are positives.
+    `columns` and `positive` are of shape (n, p); the second tells which of the first are positives.
     """
 
     columns: Tensor
@@ -85,12 +84,32 @@ class Pairs:
         """Count the triplets."""
         return int((self.positives * self.negatives).sum())
 
+    def negatives_of(self, distances: Tensor, rows: slice | Tensor, value: float) -> Tensor:
+        """Give some rows of a matrix, with a value of one's own in place of all but negatives."""
+        if self._labels is not None:
+            return distances[rows].scatter(1, self._members[rows], value)
+        return distances[rows].masked_fill(self.alike[rows], value)
+
     @cached_property
     def table(self) -> Table:
-        """The same as lists of columns, of which there are far fewer than of candidates."""
-        return self._table_of_matrix() if self._labels is None else self._table_of_labels()
+        """The positives as a table, which has far fewer columns than there are candidates."""
+        if self._labels is not None:
+            columns = self._members[:, : max(self._members.shape[1] - 1, 0)]
+            place = torch.arange(columns.shape[1], device=columns.device)
+            return Table(columns, place < self.positives[:, None])
+        number = self.positives
+        place = torch.arange(int(number.max()) if len(number) else 0, device=number.device)
+        real = place < number[:, None]
+        columns = torch.zeros_like(real, dtype=torch.int64)
+        columns[real] = self.positive.nonzero(as_tuple=True)[1]
+        return Table(columns, real)
 
-    def _table_of_labels(self) -> Table:
+    @cached_property
+    def _members(self) -> Tensor:
+        """Of labels: for every sample the others of its class, filled up with itself, once or more.
+
+        (One matrix of few columns; `alike` and `positive` are as large as the distances.)
+        """
         which, sizes = self._classes
         device, n = self._labels.device, len(self._labels)
         place = torch.arange(int(sizes.max()) if n else 0, device=device)
@@ -99,31 +118,16 @@ class Pairs:
         # The place of each sample in its class; from the next one on, round, it comes last itself.
         own = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=device)) - first
         size = sizes.index_select(0, which)[:, None]
-        columns = order[first[:, None] + (own[:, None] + 1 + place.clamp(max=size - 1)) % size]
-        return Table(columns, (place < size - 1)[:, : max(len(place) - 1, 0)])
-
-    def _table_of_matrix(self) -> Table:
-        columns = self.positive.nonzero(as_tuple=True)[1]
-        number = self.positives
-        width = int(number.max()) if len(number) else 0
-        place = torch.arange(width, device=number.device)
-        real = place < number[:, None]
-        # A row is filled up with the anchor itself or its first positive: neither is a negative.
-        # (Where it has neither, with any: without a positive there is no triplet.)
-        first = self.positive.byte().argmax(dim=1) if self._same.shape[1] else number
-        spare = torch.where(self._itself < 0, first, self._itself)[:, None]
-        table = spare.repeat(1, width + 1)
-        table[:, :width][real] = columns
-        return Table(table[:, : width + bool(self._same.shape[1])], real)
+        return order[first[:, None] + (own[:, None] + 1 + place.clamp(max=size - 1)) % size]
 
 
 def pairs_of(
     embeddings: Tensor,
     labels: Tensor | None,
     margin: float,
-    *,
     reference: Tensor | None = None,
     reference_labels: Tensor | None = None,
+    *,
     same: Tensor | None = None,
     anchor_rows: Tensor | None = None,
 ) -> Pairs:
@@ -140,7 +144,7 @@ def pairs_of(
             if thing is not None:
                 raise ValueError(f"{name} must come with a reference, got none")
     else:
-        check_reference(embeddings, reference)
+        check_match(reference, embeddings, "reference", "embeddings")
     r = n if reference is None else len(reference)
     if labels is not None:
         check_labels(labels, n)
@@ -154,18 +158,6 @@ def pairs_of(
             raise ValueError("reference_labels must come with labels, got same")
         _check_same(same, (n, r))
     return Pairs(same=same.to(device), itself=_itself(embeddings, reference, anchor_rows))
-
-
-def check_reference(embeddings: Tensor, reference: Tensor) -> None:
-    """Refuse a reference that cannot be compared with the embeddings."""
-    check_points(reference, "reference")
-    wanted = (embeddings.shape[1], embeddings.dtype, embeddings.device)
-    got = (reference.shape[1], reference.dtype, reference.device)
-    if got != wanted:
-        raise ValueError(
-            "reference must match embeddings in columns, dtype and device: "
-            f"({', '.join(map(str, wanted))}), got ({', '.join(map(str, got))})"
-        )
 
 
 def _check_same(same: Tensor, shape: tuple[int, int]) -> None:

@@ -26,6 +26,17 @@ def check_points(points: Tensor, name: str = "embeddings") -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
 
 
+def check_match(points: Tensor, others: Tensor, name: str, others_name: str) -> None:
+    """Refuse `points` that cannot be compared, row by row, with checked `others`."""
+    check_points(points, name)
+    wanted, got = ((p.shape[1], p.dtype, p.device) for p in (others, points))
+    if got != wanted:
+        raise ValueError(
+            f"{name} must match {others_name} in columns, dtype and device: "
+            f"({', '.join(map(str, wanted))}), got ({', '.join(map(str, got))})"
+        )
+
+
 def check_labels(
     labels: Tensor, length: int | None = None, name: str = "labels", of: str = "embeddings"
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tripletlib._precision import at_least_float32, power_of_two, widest, within
-from tripletlib._validation import check_points
+from tripletlib._validation import check_match, check_points
 
 # Below this ratio of squared distance to squared norm, float64 inner products no longer give a
 # distance to float32's precision (2^-53 / 1e-9 is about 2^-23), and differences are taken instead.
@@ -18,7 +18,7 @@ _CLOSE = 1e-9
 # So many close pairs a row are looked at for coincidence; more is a collapse.
 _CLOSE_PAIRS = 4
 
-_BLOCK = 2**18
+_BLOCK = 2**17
 _LEAST_ROWS = 64  # fewer would waste a matrix product
 
 
@@ -51,12 +51,7 @@ def pairwise_distances(x: Tensor, y: Tensor | None = None, *, squared: bool = Fa
     """
     check_points(x, "x")
     if y is not None:
-        check_points(y, "y")
-        if (y.shape[1], y.dtype, y.device) != (x.shape[1], x.dtype, x.device):
-            raise ValueError(
-                f"y must match x in columns, dtype and device: ({x.shape[1]}, {x.dtype}, "
-                f"{x.device}), got ({y.shape[1]}, {y.dtype}, {y.device})"
-            )
+        check_match(y, x, "y", "x")
     return distances_of(x, y, squared=squared)
 
 

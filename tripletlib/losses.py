@@ -10,7 +10,7 @@ from tripletlib._pairs import Pairs, pairs_of
 from tripletlib._precision import at_least_float32, power_of_two, room_to_add, widest, within
 from tripletlib._validation import check_choice, check_labels, check_number, check_points
 from tripletlib.distances import distances_of, norm_of_rows, refuse_second_derivative
-from tripletlib.triplets import Active, active_triplets, nearest_farther, round_margin
+from tripletlib.triplets import active_triplets, nearest_farther, round_margin
 
 REDUCTIONS = ("active", "mean", "sum")
 MININGS = ("all", "semihard", "hard")
@@ -87,32 +87,18 @@ def batch_all_triplet_loss(
     for person re-identification", 2017, equation 6 ("batch all").
     """
     check_choice(reduction, REDUCTIONS, "reduction")
-    others = {"reference": reference, "reference_labels": reference_labels}
-    pairs = pairs_of(embeddings, labels, margin, **others, same=same, anchor_rows=anchor_rows)
-    loss, known = _batch_all(embeddings, reference, pairs, margin, squared, reduction)
-    return (loss, known.number) if return_active else loss
-
-
-def _batch_all(
-    embeddings: Tensor,
-    reference: Tensor | None,
-    pairs: Pairs,
-    margin: float,
-    squared: bool,
-    reduction: str = "active",
-    *,
-    means: bool = False,
-) -> tuple[Tensor, Active]:
-    """Give the loss over all triplets, and what was seen on the way."""
+    pairs = pairs_of(
+        embeddings, labels, margin, reference, reference_labels, same=same, anchor_rows=anchor_rows
+    )
     distances = distances_of(embeddings, reference, squared=squared)
     with torch.no_grad():
         # The backward of squared distances does not look at them again.
-        known = active_triplets(distances.detach(), pairs, margin, overwrite=squared, means=means)
-        valid = pairs.count_valid() if reduction == "mean" else 1
-        number = known.number if reduction == "active" else known.number.new_tensor(valid)
-        number = number.clamp(min=1)
-    loss = _Known.apply(distances, known.total / number / known.unit, known.counts, number)
-    return loss, known
+        known = active_triplets(distances.detach(), pairs, margin, overwrite=squared)
+        counts, active, total, unit = known
+        number = {"active": active, "mean": pairs.count_valid(), "sum": 1}[reduction]
+        number = torch.as_tensor(number, device=total.device).clamp(min=1)
+    loss = _Known.apply(distances, total / number / unit, counts, number)
+    return (loss, active) if return_active else loss
 
 
 class _Known(torch.autograd.Function):
@@ -220,11 +206,13 @@ class TripletLoss(nn.Module):
         anchor_rows: Tensor | None = None,
     ) -> Tensor:
         """Give the loss of a batch."""
-        others = {"reference": reference, "reference_labels": reference_labels}
-        others |= {"same": same, "anchor_rows": anchor_rows}
-        pairs = pairs_of(embeddings, labels, self.margin, **others)
+        options = {"reference": reference, "reference_labels": reference_labels}
+        options |= {"same": same, "anchor_rows": anchor_rows}
         if self.mining == "all" and not self.soft:
-            return _batch_all(embeddings, reference, pairs, self.margin, self.squared)[0]
+            return batch_all_triplet_loss(
+                embeddings, labels, self.margin, squared=self.squared, **options
+            )
+        pairs = pairs_of(embeddings, labels, self.margin, **options)
         distances = distances_of(embeddings, reference, squared=self.squared)
         margin = round_margin(self.margin, distances.dtype)
         if self.mining == "all":
@@ -273,7 +261,7 @@ def _semihard(distances: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         known = distances.detach()
         negatives = nearest_farther(known, pairs)
         alone = (negatives < 0).any(dim=1).nonzero()[:, 0]  # (-1 fills up the table, too)
-        farthest = known[alone].scatter(1, columns[alone], -torch.inf)
+        farthest = pairs.negatives_of(known, alone, -torch.inf)
         if farthest.numel():
             farthest = farthest.argmax(dim=1, keepdim=True)
             negatives[alone] = torch.where(negatives[alone] < 0, farthest, negatives[alone])

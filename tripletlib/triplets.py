@@ -19,8 +19,9 @@ KINDS = ("all", "random", "hard", "semihard", "easy")
 MEMORY_LIMIT = 4 * 2**30
 _BYTES_EACH = 48
 
-# A search of sorted rows begins by comparing with one pivot less than this, and up to so many
-# positives an anchor each is compared with all negatives, without a search.
+# A search of sorted rows begins by comparing with one pivot less than this. An anchor with fewer
+# positives needs no search: each is compared with all negatives. (For the nearest farther negative
+# that is the quicker way up to half as many.)
 _PIVOTS = 8
 
 
@@ -92,25 +93,51 @@ def describe_triplets(
     TypeError, ValueError
         If an argument has the wrong type, shape or range, or embeddings are not finite.
     """
-    others = {"reference": reference, "reference_labels": reference_labels}
-    pairs = pairs_of(embeddings, labels, margin, **others, same=same, anchor_rows=anchor_rows)
+    pairs = pairs_of(
+        embeddings, labels, margin, reference, reference_labels, same=same, anchor_rows=anchor_rows
+    )
     with torch.no_grad():
         distances = distances_of(embeddings, reference, squared=squared)
-        hard = int(active_triplets(distances, pairs, 0.0).number)
-        known = active_triplets(distances, pairs, margin, overwrite=True, means=True)
-    valid, active = pairs.count_valid(), int(known.number)
+        active, hard, near, far = _count_and_add(distances, pairs, margin)
+    valid = pairs.count_valid()
     return TripletDescription(
         triplets=valid,
         active=active / max(valid, 1),
         semihard=(active - hard) / max(valid, 1),
         hard=hard / max(valid, 1),
-        positive_distance=known.positive_distance,
-        negative_distance=known.negative_distance,
-        spread=spread(embeddings.detach()),
+        positive_distance=near,
+        negative_distance=far,
+        spread=_spread(embeddings.detach()),
     )
 
 
-def spread(points: Tensor) -> float:
+def _count_and_add(distances: Tensor, pairs: Pairs, margin: float) -> tuple[int, int, float, float]:
+    """Count active and hard triplets, and give the mean distances of positives and negatives."""
+    columns, positive = pairs.table
+    near = distances.gather(1, columns)
+    limits = torch.cat([_add_up(near, margin), near], dim=1)
+    near.mul_(positive)
+    wide = widest(distances.device)
+    unit = room_to_add(distances, wide)
+    counts = torch.zeros(2, dtype=torch.int64, device=distances.device)
+    sums = torch.zeros(2, dtype=wide, device=distances.device)
+    for rows in blocks(*distances.shape):
+        far = pairs.negatives_of(distances, rows, torch.inf)
+        below = _below(far, limits[rows]).view(len(far), 2, positive.shape[1])
+        below.mul_(positive[rows, None])
+        counts += below.sum(dim=(0, 2), dtype=torch.int64)
+        far = pairs.negatives_of(distances, rows, 0.0)
+        parts = (near[rows].mul(unit), far.mul_(unit))
+        sums += torch.stack([part.sum(dtype=wide) for part in parts])
+    numbers = (pairs.positives, pairs.negatives)
+    means = [
+        total / max(int(number.sum()), 1) / unit
+        for total, number in zip(sums.tolist(), numbers, strict=True)
+    ]
+    return (*counts.tolist(), *means)
+
+
+def _spread(points: Tensor) -> float:
     """Root mean square distance from the centroid."""
     if not len(points):
         return 0.0
@@ -178,8 +205,9 @@ def mine_triplets(
     clustering", 2015, section 3.2.
     """
     check_choice(kind, KINDS, "kind")
-    others = {"reference": reference, "reference_labels": reference_labels}
-    pairs = pairs_of(embeddings, labels, margin, **others, same=same, anchor_rows=anchor_rows)
+    pairs = pairs_of(
+        embeddings, labels, margin, reference, reference_labels, same=same, anchor_rows=anchor_rows
+    )
     with torch.no_grad():
         if kind == "random":
             return _draw(pairs, generator)
@@ -196,20 +224,17 @@ class Active(NamedTuple):
 
     `counts` of shape (n, r) tells in how many of them each pair is, with minus for anchor and
     negative; `number` is how many there are, `total` the sum of their hinge losses, in the widest
-    type and times `unit`, a power of two that leaves it room. The means over the pairs of one and
-    of two classes are there if they were asked for.
+    type and times `unit`, a power of two that leaves it room.
     """
 
     counts: Tensor
     number: Tensor
     total: Tensor
     unit: float
-    positive_distance: float
-    negative_distance: float
 
 
 def active_triplets(
-    distances: Tensor, pairs: Pairs, margin: float, *, overwrite: bool = False, means: bool = False
+    distances: Tensor, pairs: Pairs, margin: float, *, overwrite: bool = False
 ) -> Active:
     """Count, and sum the hinge losses of, all active triplets of a batch.
 
@@ -220,8 +245,7 @@ def active_triplets(
     With `overwrite` the counts take the distances' memory.
     """
     columns, positive = pairs.table
-    of_positives = columns[:, : positive.shape[1]]
-    near = distances.gather(1, of_positives)
+    near = distances.gather(1, columns)
     thresholds = _add_up(near, margin).masked_fill_(~positive, -torch.inf)
     near.mul_(positive)
     counts = distances if overwrite else torch.empty_like(distances)
@@ -229,17 +253,14 @@ def active_triplets(
     wide = widest(distances.device)
     unit = room_to_add(distances, wide, margin)
     number = torch.zeros((), dtype=torch.int64, device=distances.device)
-    total, within, between = torch.zeros(3, dtype=wide, device=distances.device).unbind()
+    total = torch.zeros((), dtype=wide, device=distances.device)
     for rows in blocks(*distances.shape):
         block = distances[rows]
         # No threshold is above infinity, so that what is no negative is in no active triplet.
-        far = block.scatter(1, columns[rows], torch.inf)
+        far = pairs.negatives_of(distances, rows, torch.inf)
         mine, signed = _counts(thresholds[rows], far)
-        signed.scatter_add_(1, of_positives[rows], mine)
+        signed.scatter_add_(1, columns[rows], mine)
         number += mine.sum(dtype=torch.int64)
-        if means:
-            within += near[rows].mul(unit).sum(dtype=wide)
-            between += block.masked_fill(pairs.alike[rows], 0.0).mul_(unit).sum(dtype=wide)
         # A row's counts sum to zero, so that any origin may be taken off.
         shifted = block.to(wide)
         if block.dtype == wide:
@@ -249,12 +270,7 @@ def active_triplets(
             shifted = (block - farthest).mul_(unit)
         total += shifted.mul_(signed).sum(dim=1).sum()
         counts[rows] = signed
-    total += margin * unit * number.to(wide)
-    return Active(
-        *(counts, number, total, unit),
-        within.item() / max(int(pairs.positives.sum()), 1) / unit if means else 0.0,
-        between.item() / max(int(pairs.negatives.sum()), 1) / unit if means else 0.0,
-    )
+    return Active(counts, number, total + margin * unit * number.to(wide), unit)
 
 
 def _counts(thresholds: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +286,7 @@ def _counts(thresholds: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             mine[:, place] = below.sum(dim=1)
             signed.sub_(below)
         return mine, signed
-    ordered = _padded(_sorted(thresholds.clone()), -torch.inf)
+    ordered = _padded(_sorted(thresholds.clone()))
     place, index = _places(ordered, values)
     below = place.new_zeros(len(values), ordered.shape[1] + 1)
     below = below.scatter_add_(1, index, torch.ones_like(values)).cumsum(dim=1)
@@ -279,14 +295,24 @@ def _counts(thresholds: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return below.gather(1, last), place.sub_(ordered.shape[1])
 
 
+def _below(values: Tensor, limits: Tensor) -> Tensor:
+    """How many values of its row are below each limit, as floats; may sort the values in place."""
+    if limits.shape[1] < _PIVOTS:
+        below = torch.empty_like(values)
+        columns = limits.unbind(dim=1)
+        sums = [torch.lt(values, c[:, None], out=below).sum(dim=1) for c in columns]
+        return torch.stack(sums, dim=1) if sums else limits.clone()
+    ordered = _padded(_sorted(values))
+    places = _places(ordered, limits.nextafter(limits.new_tensor(-torch.inf)))[0]
+    return places.sub_(ordered.shape[1] - values.shape[1])
+
+
 def nearest_farther(distances: Tensor, pairs: Pairs) -> Tensor:
     """For each positive of the table the nearest negative that is farther, and -1 if none is."""
-    columns, positive = pairs.table
-    near = distances.gather(1, columns[:, : positive.shape[1]])
-    found = torch.empty_like(columns[:, : positive.shape[1]])
+    columns = pairs.table.columns
+    near, found = distances.gather(1, columns), torch.empty_like(columns)
     for rows in blocks(*distances.shape):
-        far = distances[rows].scatter(1, columns[rows], torch.inf)
-        found[rows] = _next_above(near[rows], far)
+        found[rows] = _next_above(near[rows], pairs.negatives_of(distances, rows, torch.inf))
     return found
 
 
@@ -302,7 +328,7 @@ def _next_above(limits: Tensor, values: Tensor) -> Tensor:
         return found
     # Between two limits that follow each other only the least value can be the next above one, and
     # above a limit it is the least of all that lie after it.
-    ordered = _padded(_sorted(limits.clone()), -torch.inf)
+    ordered = _padded(_sorted(limits.clone()))
     index = _places(_just_above(ordered), values)[1]
     least = values.new_full((len(values), ordered.shape[1] + 1), torch.inf)
     least.scatter_reduce_(1, index, values, "amin")
@@ -379,10 +405,10 @@ def _places(ordered: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return place, index
 
 
-def _padded(ordered: Tensor, value: float) -> Tensor:
-    """As many more of the least value at each row's start as make a width for `_places`."""
+def _padded(ordered: Tensor) -> Tensor:
+    """As many negative infinities at each row's start as make a width that `_places` can search."""
     n = ordered.shape[1]
-    return torch.nn.functional.pad(ordered, (_width(n) - n, 0), value=value)
+    return torch.nn.functional.pad(ordered, (_width(n) - n, 0), value=-torch.inf)
 
 
 def _just_above(values: Tensor) -> Tensor:
