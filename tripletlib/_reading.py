@@ -40,14 +40,17 @@ def check_dataset(dataset: object, name: str = "images") -> None:
 
 
 def number_of_workers(workers: int | None) -> int:
-    """Check a number of processes, or choose it: where forking is the rule, one a core, up to 4."""
+    """Check a number of processes, or choose it: where forking is the rule, one a core, up to 4.
+
+    Processes that torchrun started on this machine share out its cores.
+    """
     if workers is not None:
         check_count(workers, "workers", low=0)
         return int(workers)
     if multiprocessing.get_start_method() != "fork":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(4, cores or 1)
+    return min(4, max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class Reader:

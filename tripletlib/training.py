@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
@@ -23,9 +24,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, Subset
 from tqdm import tqdm
 
+from tripletlib._cache import user_path
 from tripletlib._optimizer import optimizers
 from tripletlib._pairs import Pairs
 from tripletlib._precision import no_autocast
+from tripletlib._processes import Processes, write_rows
 from tripletlib._reading import (
     Reader,
     as_labels,
@@ -118,7 +121,8 @@ def fit(
     """Train a network so that its embeddings satisfy a loss.
 
     Convolution kernels but the first are trained by Muon, all other weights by AdamW, both with a
-    one-cycle schedule.
+    one-cycle schedule. Started by ``torchrun`` in several processes, it trains one network in all
+    of them; see Notes.
 
     Parameters
     ----------
@@ -211,6 +215,18 @@ def fit(
     -----
     The schedule is that of L. N. Smith and N. Topin, "Super-convergence", arXiv 1708.07120, 2018,
     rising for a fifth of the steps. Muon is that of K. Jordan et al., 2024.
+
+    In several processes (of ``torchrun``, or of a ``torch.distributed`` group that the reader has
+    made) all make the same call, with the same images, labels and settings. Each embeds its share
+    of the batch; the embeddings are gathered, so that the loss is that of the whole batch, and each
+    step is the one that a single process would take. Not so where rows of a batch depend on each
+    other in the network: batch normalisation sees the share only (on GPUs, convert the network by
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``), and its running statistics are those of the
+    first process. Random numbers in the network, and those of a data set, are drawn anew for each
+    process. `callback` and `validate` are called in all; what they return in the first counts, as
+    do the initial weights there and its batches, which are drawn at the start of an epoch. It alone
+    shows a bar and writes the checkpoint. Where one process ends by an error, ``torchrun`` ends
+    all.
     """
     loss = TripletLoss() if loss is None else loss
     workers = number_of_workers(workers)
@@ -229,11 +245,14 @@ def fit(
     if augment is None and in_memory and images.dim() == 4:
         augment = jitter
     device = next(network.parameters()).device
-    bf16 = _has_fast_bf16(device) if bf16 is None else bf16
+    processes = Processes(device)
+    _check_processes(processes, labels, batch_size if batch_sampler is None else None)
+    bf16 = processes.agree(_has_fast_bf16(device)) if bf16 is None else bf16
     if batch_sampler is None:
-        places, lone = RandomSampler(range(len(images))), len(images) % batch_size == 1
-        batch_sampler = BatchSampler(places, batch_size, drop_last=lone)
-    drawn = int(torch.randint(2**31, ()) if seed is None else seed)
+        places, rest = RandomSampler(range(len(images))), len(images) % batch_size
+        too_few = 0 < rest < 2 * processes.number
+        batch_sampler = BatchSampler(places, batch_size, drop_last=too_few)
+    drawn = processes.agree(int(torch.randint(2**31, ()) if seed is None else seed))
     with (
         _own_randomness(device),
         no_autocast(device),
@@ -246,9 +265,11 @@ def fit(
             _freeze(loss)
         steps = epochs * len(batch_sampler)
         ours = _Steering.of(network, loss, steps, learning_rate, optimizer, schedule)
-        run = _Run(network, loss, ours, steps, augment, bf16, drawn)
+        run = _Run(network, loss, ours, steps, augment, bf16, drawn, processes)
+        processes.take_from_first(run.modules())
         if checkpoint is not None:
             numbers = (epochs, batch_size, learning_rate, bf16, patience)
+            numbers += (processes.number,) if processes.number > 1 else ()
             settings = {"settings": numbers, "augment": augment, "batch_sampler": batch_sampler}
             settings |= {"schedule": schedule, "validate": validate}
             settings |= {"optimizer": _told(optimizer, run)}
@@ -257,7 +278,7 @@ def fit(
         with nullcontext() if in_memory else Reader(images, workers) as reader:
 
             def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-                return _batches(images, labels, batch_sampler, reader, (run.seed, epoch))
+                return _batches(images, labels, batch_sampler, reader, (run.seed, epoch), processes)
 
             _train(run, batches, epochs, device, validate, patience, callback, progress)
         run.take_best()
@@ -277,8 +298,9 @@ def _train(
 ) -> None:
     """Take the steps of a run from where it is, epoch by epoch, until its end."""
     start = time.perf_counter() - (run.history.rows[-1]["seconds"] if run.history else 0.0)
-    with _progress_bar(run, progress) as bar:
+    with _progress_bar(run, progress and run.processes.rank == 0) as bar:
         while run.epoch < epochs and not run.patience_is_out(patience):
+            # A stream of its own for each epoch, so that resuming needs no random state.
             _seed_all(run.seed, run.epoch)
             for images, labels in batches(run.epoch):
                 row = run.step(images.to(device), labels.to(device))
@@ -287,8 +309,9 @@ def _train(
                 shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
                 bar.set_postfix(shown | run.best_shown(), refresh=False)
                 bar.update()
-                if callback is not None and callback(run.history) is True:
-                    return
+                if callback is not None and run.processes.agree(callback(run.history) is True):
+                    return run.processes.take_from_first(run.modules())
+            run.processes.take_from_first(run.modules())
             if validate is not None:
                 run.validate(validate)
             run.epoch += 1
@@ -354,7 +377,7 @@ def _told(optimizer: object, run: _Run) -> object:
     """Give what an optimiser is known by: its class, and of each group settings and parameters."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
-    names = {id(w): name for part in run._modules() for name, w in part.named_parameters()}
+    names = {id(w): name for part in run.modules() for name, w in part.named_parameters()}
     groups = [
         group | {"params": [names[id(weight)] for weight in group["params"]]}
         for group in optimizer.param_groups
@@ -374,8 +397,10 @@ class _Run:
         augment: Callable[[Tensor], Tensor] | Literal[False] | None,
         bf16: bool,
         seed: int,
+        processes: Processes,
     ) -> None:
         self.network, self.loss, self.augment, self.bf16 = network, loss, augment, bf16
+        self.processes = processes
         self.optimizers, self.schedules = steering
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.weights = [weight for group in groups for weight in group["params"]]
@@ -386,16 +411,14 @@ class _Run:
         self.checkpoint: Checkpoint | None = None
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Follow the gradient of a batch's loss once; return the history's new row."""
+        """Follow the gradient of a batch's loss once; return the history's new row.
+
+        The labels are those of the whole batch, the images too or those of this process's share.
+        """
         step = len(self.history)
         if step == self.steps:
             raise ValueError(f"batch_sampler gave more batches than its length: {step} in all")
-        images, labels = self.augment(images) if self.augment else images, labels.long()
-        with _bfloat16(images.device) if self.bf16 else nullcontext():
-            embeddings = self.network(images)
-        check_points(embeddings)
-        embeddings = embeddings.float() if self.bf16 else embeddings
-        check_labels(labels, len(embeddings))
+        embeddings, labels = self._embedded(images, labels), labels.long()
         value = self.loss(embeddings, labels)
         _check_loss(value, step)
         if not (embeddings.requires_grad or value.requires_grad or _is_trained(self.loss)):
@@ -414,10 +437,29 @@ class _Run:
         for weight in self.weights:
             if weight.grad is not None and weight.grad.is_sparse:  # our optimisers are for dense
                 weight.grad = weight.grad.to_dense()
+        self.processes.average_gradients(self.weights)
         for part in [*self.optimizers, *self.schedules]:
             part.step()
         self.history.rows.append(row | _triplet_columns(embeddings, labels, self.loss))
         return self.history.rows[-1]
+
+    def _embedded(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Embed a batch, of which each process has all images or its share."""
+        own, is_alone = self.processes.share(len(labels)), self.processes.number == 1
+        is_whole = len(images) == len(labels)
+        if is_whole and self.augment:  # with the random numbers of a single process
+            images = self.augment(images)
+        images = images[own] if is_whole and not is_alone else images
+        with nullcontext() if is_alone else _own_randomness(images.device):
+            if not is_alone:
+                _seed_all(*self.processes.apart(self.seed, len(self.history)))
+            if self.augment and not is_whole:
+                images = self.augment(images)
+            with _bfloat16(images.device) if self.bf16 else nullcontext():
+                embeddings = self.network(images)
+        check_points(embeddings)
+        check_labels(labels[own], len(embeddings))
+        return self.processes.gather(embeddings.float() if self.bf16 else embeddings, len(labels))
 
     def attach(
         self,
@@ -430,11 +472,14 @@ class _Run:
         """Keep the run in a checkpoint, and go on from there if it is kept already."""
         fixed = {"data": {"data": data}, "code": {"code": fit, "precision": _precision()}}
         moving = {"network": {"network": self.network}, "settings": settings | {"loss": self.loss}}
-        origin = Origin(self.seed, fixed, moving, self._modules(), seed_given=seed_given)
+        origin = Origin(self.seed, fixed, moving, self.modules(), seed_given=seed_given)
         is_ours = isinstance(checkpoint, Checkpoint)
         self.checkpoint = checkpoint if is_ours else Checkpoint(checkpoint)
-        state = self.checkpoint.open(origin)
+        is_first = self.processes.rank == 0
+        state = self.processes.agree(self.checkpoint.open(origin) if is_first else None)
         if state is not None:
+            if not is_first:
+                origin.restore(state)
             for part, of_part in zip(self._parts(), state["parts"], strict=True):
                 part.load_state_dict(of_part)
             self.history.rows[:] = state["history"]
@@ -442,20 +487,21 @@ class _Run:
 
     def save(self, *, finished: bool) -> None:
         """Write the checkpoint whole, if there is to be one."""
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and self.processes.rank == 0:
             parts = [part.state_dict() for part in self._parts()]
             state = {"parts": parts, "epoch": self.epoch, "finished": finished, "best": self.best}
             self.checkpoint.save(state | {"history": [_plain(row) for row in self.history.rows]})
+        self.processes.wait()
 
     def validate(self, measure: Callable[[nn.Module], float]) -> None:
         """Measure the network after an epoch, and keep its weights if they are the best so far."""
         with _evaluating(self.network), torch.no_grad():
-            value = measure(self.network)
+            value = self.processes.agree(measure(self.network))
         value = value.item() if isinstance(value, (Tensor, np.generic)) else value
         check_number(value, "what validate returns", low=-math.inf)
         self.history.rows[-1]["validation"] = float(value)
         if self.best is None or value > self.best["value"]:
-            weights = [copy.deepcopy(module.state_dict()) for module in self._modules()]
+            weights = [copy.deepcopy(module.state_dict()) for module in self.modules()]
             self.best = {"value": float(value), "epoch": self.epoch, "weights": weights}
 
     def patience_is_out(self, patience: int | None) -> bool:
@@ -471,14 +517,15 @@ class _Run:
     def take_best(self) -> None:
         """Go back to the weights of the best epoch, if one was looked for."""
         if self.best is not None:
-            for module, weights in zip(self._modules(), self.best["weights"], strict=True):
+            for module, weights in zip(self.modules(), self.best["weights"], strict=True):
                 module.load_state_dict(weights)
 
-    def _modules(self) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
+        """Give what is trained."""
         return [self.network, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
 
     def _parts(self) -> list:
-        return [*self._modules(), *self.optimizers, *self.schedules]
+        return [*self.modules(), *self.optimizers, *self.schedules]
 
 
 def materialise(network: nn.Module, images: Tensor | Dataset) -> None:
@@ -504,18 +551,50 @@ def _batches(
     batch_sampler: Iterable[Sequence[int]],
     reader: Reader | None,
     seeds: tuple[int, int],
+    processes: Processes,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images and labels of the batches of an epoch, of a data set read ahead."""
-    if reader is None:
+    """Yield images and labels of the batches of an epoch.
+
+    Those of a data set are read ahead, in each process its share.
+    """
+    if reader is None and processes.number == 1:
         for batch in batch_sampler:
             places = _places(batch, len(images))
             yield images[places], labels[places]
         return
     # One more than there should be, for the check that there is none.
     drawn = itertools.islice(batch_sampler, len(batch_sampler) + 1)
-    drawn = [_places(batch, len(images)) for batch in drawn]
-    for places, batch in zip(drawn, reader.read(drawn, seeds), strict=True):
+    drawn = processes.agree([_places(batch, len(images)) for batch in drawn])
+    least = 2 * processes.number if processes.number > 1 else 1
+    if small := next((len(batch) for batch in drawn if len(batch) < least), None):
+        raise ValueError(
+            f"batch_sampler must give batches of at least {least} images, two a process, "
+            f"got one of {small}"
+        )
+    if reader is None:
+        read = (images[batch] for batch in drawn)
+    else:
+        shares = [batch[processes.share(len(batch))] for batch in drawn]
+        read = reader.read(shares, processes.apart(*seeds))
+    for places, batch in zip(drawn, read, strict=True):
         yield batch, labels[places]
+
+
+def _check_processes(processes: Processes, labels: Tensor, batch_size: int | None) -> None:
+    """Refuse batches of under two images a process, and data of which each has a part."""
+    if processes.number == 1:
+        return
+    for name, count in (("images", len(labels)), ("batch_size", batch_size)):
+        if count is not None and count < 2 * processes.number:
+            raise ValueError(
+                f"{name} must be at least {2 * processes.number}, two a process, got {count}"
+            )
+    own = (len(labels), zlib.crc32(labels.long().cpu().contiguous().numpy()))
+    if own != processes.agree(own):
+        raise ValueError(
+            "images and labels must be the same in all processes, because fit shares out each "
+            f"batch by itself; got others in process {processes.rank} than in process 0"
+        )
 
 
 def _start_training(network: nn.Module) -> None:
@@ -550,8 +629,11 @@ def embed(
     batch_size: int = 512,
     *,
     workers: int | None = None,
+    out: str | os.PathLike | None = None,
 ) -> Tensor:
     """Return the embeddings of images, in batches, without gradients and without autocast.
+
+    In several processes (see `fit`) each embeds all images, and with `out` its share of them.
 
     Parameters
     ----------
@@ -564,11 +646,16 @@ def embed(
         Images at a time; the rows are the same for any, up to rounding.
     workers : int, optional
         Processes that read a data set, as in `fit`.
+    out : path, optional
+        Write the embeddings to this file, in NumPy's ``.npy`` format and whole or not at all, batch
+        by batch, so that memory does not grow with their number. Several processes must all see the
+        file, and make the same call.
 
     Returns
     -------
     Tensor, shape (n, d)
-        On the CPU, without gradient.
+        On the CPU, without gradient. With `out` the file mapped into memory, which reads what is
+        looked at; changes to it do not go to the file.
 
     Raises
     ------
@@ -577,6 +664,8 @@ def embed(
         one, or not of one shape, or batch_size is below 1.
     RuntimeError
         If an item of a data set cannot be read; the message names it.
+    OSError
+        If `out` cannot be written.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be an nn.Module, got {type(network).__name__}")
@@ -584,13 +673,24 @@ def embed(
     check_count(batch_size, "batch_size")
     workers = number_of_workers(workers)
     device = next(network.parameters(), torch.empty(0)).device
-    with _evaluating(network), torch.no_grad(), no_autocast(device):
-        if isinstance(images, Tensor):
-            parts = images.split(int(batch_size))
-            return torch.cat([_rows(network(part.to(device))) for part in parts])
-        with Reader(images, workers) as reader:
-            parts = reader.read(torch.arange(len(images)).split(int(batch_size)), [0])
-            return torch.cat([_rows(network(part.to(device))) for part in parts])
+    processes = None if out is None else Processes(device)
+    places = range(len(images))[slice(None) if out is None else processes.share(len(images))]
+    batches = [places[start:][:batch_size] for start in range(0, len(places), int(batch_size))]
+    in_memory = isinstance(images, Tensor)
+    with (
+        _evaluating(network),
+        torch.no_grad(),
+        no_autocast(device),
+        nullcontext() if in_memory else Reader(images, workers) as reader,
+    ):
+        if in_memory:
+            read = (images[batch.start : batch.stop] for batch in batches)
+        else:
+            read = reader.read(batches, [0])
+        parts = (_rows(network(part.to(device))) for part in read)
+        if out is None:
+            return torch.cat([*parts])
+        return write_rows(user_path(out), parts, len(images), processes)
 
 
 @contextmanager
@@ -713,9 +813,8 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
             np.random.set_state(of_numpy)  # noqa: NPY002
 
 
-def _seed_all(seed: int, epoch: int) -> None:
-    # A stream of its own for each epoch, so that resuming needs no random state.
-    number = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+def _seed_all(*numbers: int) -> None:
+    number = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     torch.manual_seed(number)
     np.random.seed(number)  # noqa: NPY002
     random.seed(number)
