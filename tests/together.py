@@ -18,8 +18,8 @@ SETTINGS = {"batch_size": 30, "epochs": 2}  # the last batch of an epoch has ten
 EXACT = {"optimizer": torch.optim.Adam}  # Muon rounds to bfloat16
 
 
-def plain(width=5):
-    torch.manual_seed(0)
+def plain(width=5, seed=0):
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)).double()
 
 
@@ -66,8 +66,11 @@ def noisy(images):
     return images + 0.1 * torch.randn_like(images)
 
 
-def exact_runs():
-    """Return the weights and losses of runs that are the same in any number of processes."""
+def exact_runs(rank=0):
+    """Return the weights and losses of runs that are the same in any number of processes.
+
+    What differs between them is to be as in the first.
+    """
     images, runs = IMAGES.double(), {}
 
     def keep(name, network, **options):
@@ -79,7 +82,10 @@ def exact_runs():
     keep("workers", plain(), images=Listed(), labels=None, workers=1)
     keep("by chance", ByChance(), optimizer=torch.optim.AdamW)
     keep("sampler", plain(), batch_sampler=BalancedBatchSampler(LABELS, 3, 3))
-    keep("all drawn", plain(), loss=TripletLoss(mining="semihard"))
+    drawn = torch.randperm(100, generator=torch.Generator().manual_seed(rank)).view(10, 10)
+    keep("batches", plain(), batch_sampler=drawn)
+    keep("weights", plain(seed=rank))
+    keep("semihard", plain(), loss=TripletLoss(mining="semihard"))
     network = plain()
     loss = Regularised(network)
     keep("regularised", network, loss=loss)
@@ -101,10 +107,9 @@ def uneven_runs(rank):
     network, history = fitted(SmallNet(), seed=None, epochs=2, validate=lambda _: float(rank))
     assert history["validation"][-1] == 0
     runs["batch statistics"] = list(network.state_dict().values())
-    drawn = torch.randperm(100, generator=torch.Generator().manual_seed(rank)).view(10, 10)
-    network, history = fitted(batch_sampler=drawn, callback=lambda h: rank == 0 and len(h) == 3)
+    network, history = fitted(callback=lambda h: rank == 0 and len(h) == 3)
     assert len(history) == 3
-    runs["batches"] = list(network.state_dict().values())
+    runs["stopped"] = list(network.state_dict().values())
     torch.manual_seed(0)
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
     torch.manual_seed(rank)
@@ -149,7 +154,7 @@ def embeddings(folder, rank):
 
 def all_of_it(folder, rank, number):
     result = {
-        "exact": exact_runs(),
+        "exact": exact_runs(rank),
         "uneven": uneven_runs(rank),
         "errors": errors(rank, number),
         "embeddings": embeddings(folder, rank),
