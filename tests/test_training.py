@@ -687,3 +687,16 @@ def test_training_on_a_device_without_float64_or_numpy():
         rows = embed(network, IMAGES)
     assert history["loss"][-7:].mean() < history["loss"][:7].mean()
     assert rows.device.type == "cpu"
+
+
+@pytest.mark.parametrize("collapse", [False, True])
+def test_what_the_loss_counts_is_what_a_look_at_all_pairs_gives(collapse):
+    images = torch.zeros_like(IMAGES) if collapse else IMAGES
+
+    def pairs_and_all(embeddings, labels):  # which `fit` knows nothing of
+        return TripletLoss(margin=0.3)(embeddings, labels)
+
+    pairs_and_all.margin = 0.3
+    expected = fitted(images=images, loss=pairs_and_all)[1].frame().drop(columns="seconds")
+    found = fitted(images=images, loss=TripletLoss(margin=0.3))[1].frame()[expected.columns]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)

@@ -47,8 +47,8 @@ from tripletlib._validation import (
 )
 from tripletlib.augmentation import jitter
 from tripletlib.checkpoints import Checkpoint, Origin
-from tripletlib.losses import TripletLoss
-from tripletlib.triplets import describe_triplets
+from tripletlib.losses import TripletLoss, batch_all_triplet_loss
+from tripletlib.triplets import describe_triplets, squared_distances_and_spread
 
 
 class History:
@@ -419,7 +419,7 @@ class _Run:
         if step == self.steps:
             raise ValueError(f"batch_sampler gave more batches than its length: {step} in all")
         embeddings, labels = self._embedded(images, labels), labels.long()
-        value = self.loss(embeddings, labels)
+        value, active = _value_and_active(self.loss, embeddings, labels)
         _check_loss(value, step)
         if not (embeddings.requires_grad or value.requires_grad or _is_trained(self.loss)):
             raise ValueError(
@@ -440,7 +440,8 @@ class _Run:
         self.processes.average_gradients(self.weights)
         for part in [*self.optimizers, *self.schedules]:
             part.step()
-        self.history.rows.append(row | _triplet_columns(embeddings, labels, self.loss))
+        columns = _triplet_columns(embeddings.detach(), labels, self.loss, active)
+        self.history.rows.append(row | columns)
         return self.history.rows[-1]
 
     def _embedded(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -847,10 +848,30 @@ def _progress_bar(run: _Run, progress: bool) -> tqdm:
     )
 
 
-def _triplet_columns(embeddings: Tensor, labels: Tensor, loss: object) -> dict[str, float]:
+def _value_and_active(
+    loss: Callable[[Tensor, Tensor], Tensor], embeddings: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Give the loss, and the number of active triplets if it is what the loss counts anyway."""
+    is_exact = type(loss) is TripletLoss and (loss.mining, loss.soft) == ("all", False)
+    if not is_exact or not loss.squared or loss.margin < 0 or loss._forward_hooks:
+        return loss(embeddings, labels), None
+    return batch_all_triplet_loss(embeddings, labels, loss.margin, return_active=True)
+
+
+def _triplet_columns(
+    embeddings: Tensor, labels: Tensor, loss: object, active: Tensor | None
+) -> dict[str, float]:
+    if active is not None:
+        near, far, spread = squared_distances_and_spread(embeddings, labels)
+        return {
+            "active": int(active) / max(Pairs(labels).count_valid(), 1),
+            "positive_distance": near,
+            "negative_distance": far,
+            "spread": spread,
+        }
     squared = getattr(loss, "squared", True)
     state = describe_triplets(
-        embeddings.detach(),
+        embeddings,
         labels,
         _margin_of(loss),
         squared=squared if isinstance(squared, bool) else True,

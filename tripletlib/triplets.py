@@ -141,12 +141,40 @@ def _spread(points: Tensor) -> float:
     """Root mean square distance from the centroid."""
     if not len(points):
         return 0.0
-    points = points.to(widest(points.device))
-    size = power_of_two(points)
-    # From the first point on, so that points that coincide give zero and not what rounding leaves.
-    points = points / size - points[0] / size
+    points, size = _from_the_first(points)
     square = (points - points.mean(dim=0)).square().sum(dim=1).mean()
     return min((square.sqrt() * size).item(), torch.finfo(points.dtype).max)
+
+
+def _from_the_first(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Count points from the first, so that equal ones give zero; give also what divides them."""
+    points = points.to(widest(points.device))
+    size = power_of_two(points)
+    return points / size - points[0] / size, size
+
+
+def squared_distances_and_spread(embeddings: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Give the mean squared distances of positives and of negatives, and the spread.
+
+    The squared distances of all pairs of n points add up to n times those from their mean, twice,
+    so that no pair has to be looked at.
+    """
+    points, size = _from_the_first(embeddings)
+    _, which, sizes = labels.unique(return_inverse=True, return_counts=True)
+    sizes = sizes.to(points)
+    sums = points.new_zeros(len(sizes), points.shape[1]).index_add_(0, which, points)
+    own = (points - (sums / sizes[:, None])[which]).square().sum(dim=1)
+    mean_square = (points - points.mean(dim=0)).square().sum(dim=1).mean()
+    n = len(points)
+    positives, negatives = (sizes * (sizes - 1)).sum(), n * n - sizes.square().sum()
+    near, every = 2 * (sizes[which] * own).sum(), 2 * n * n * mean_square
+    scale = size.square()
+    most = torch.finfo(points.dtype).max
+    means = (
+        near / positives.clamp(min=1) * scale,
+        (every - near).clamp(min=0) / negatives.clamp(min=1) * scale,
+    )
+    return tuple(min(of.item(), most) for of in (*means, mean_square.sqrt() * size))
 
 
 def mine_triplets(
