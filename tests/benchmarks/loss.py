@@ -1,6 +1,7 @@
-"""Time and memory of the exact batch-all loss beside pytorch-metric-learning and brute force.
+"""Time and memory of the exact losses beside other libraries' and brute force.
 
-    python tests/benchmarks/loss.py
+    python tests/benchmarks/loss.py            # all triplets, by batch size, ten classes
+    python tests/benchmarks/loss.py --classes  # beside sentence-transformers, by images a class
 
 Embeddings on the unit sphere, 64 numbers each, ten balanced classes, margin 0.2, squared Euclidean
 distance; forward and backward, two threads. Times are taken in turn in one process (median and
@@ -8,6 +9,9 @@ range). Peak memory is that of a process of its own for each row: the highest re
 one forward and backward, as Linux records it, less what the process held before (in small batches,
 mostly a library's own pages). A rival is skipped where the memory it would need, by its measured
 bytes a triplet, exceeds 60 % of what is available.
+
+With --classes both losses that sentence-transformers has too, all triplets and semi-hard, with two
+images a class, with four and with ten classes. It writes them as n² since version 6.2.
 """
 
 from __future__ import annotations
@@ -51,11 +55,11 @@ def brute_force(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return hinge.sum() / (hinge > 0).sum()
 
 
-def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(n: int, classes: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
     """Make random embeddings on the unit sphere and balanced labels in random order."""
     torch.manual_seed(n)
     x = torch.nn.functional.normalize(torch.randn(n, 64))
-    return x.requires_grad_(), torch.randperm(n) % 10
+    return x.requires_grad_(), torch.randperm(n) % classes
 
 
 def seconds(loss, x: torch.Tensor, labels: torch.Tensor) -> float:
@@ -86,6 +90,40 @@ def peak(name: str, n: int) -> int:
     """`peak_here` in a fresh process."""
     command = [sys.executable, __file__, "--peak", name, str(n)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def of_sentence_transformers(mining: str):
+    """Give the loss of that library, with squared distances and on embeddings."""
+    from sentence_transformers.sentence_transformer.losses import (
+        BatchAllTripletLoss,
+        BatchHardTripletLossDistanceFunction,
+        BatchSemiHardTripletLoss,
+    )
+
+    kind = {"all": BatchAllTripletLoss, "semihard": BatchSemiHardTripletLoss}[mining]
+    euclidean = BatchHardTripletLossDistanceFunction.eucledian_distance
+    loss = kind(torch.nn.Module(), lambda x: euclidean(x).square(), margin=0.2)
+    return lambda x, labels: loss.compute_loss_from_embeddings([x], labels)
+
+
+def compare_by_classes(mining: str, n: int, each: int) -> None:
+    """Print a row: one batch size, so many images a class."""
+    rivals = {"ours": losses.TripletLoss(0.2, mining), "theirs": of_sentence_transformers(mining)}
+    x, labels = batch(n, n // each)
+    times = {name: [] for name in rivals}
+    for _ in range(10):
+        for name, loss in rivals.items():
+            seconds(loss, x, labels)  # brings back the pages that the other one gave away
+            times[name] += [seconds(loss, x, labels) for _ in range(2)]
+    values = [loss(x, labels).item() for loss in rivals.values()]
+    assert abs(values[0] - values[1]) < 1e-5, values
+    ours, theirs = (statistics.median(taken) for taken in times.values())
+    ratios = sorted(b / a for a, b in zip(*times.values(), strict=True))
+    print(
+        f"{mining:9} {n:5} {each:4}  {ours * 1e3:8.2f} ms  {theirs * 1e3:9.2f} ms  "
+        f"{theirs / ours:6.1f}x ({ratios[0]:.1f} to {ratios[-1]:.1f})",
+        flush=True,
+    )
 
 
 def compare(n: int) -> None:
@@ -122,6 +160,15 @@ def main() -> None:
         print(peak_here(sys.argv[2], int(sys.argv[3])))
         return
     print(machine())
+    if sys.argv[1:2] == ["--classes"]:
+        print(
+            "mining        n  images a class: ours, sentence-transformers, ratio of medians (range)"
+        )
+        for mining in losses.MININGS[:2]:
+            for n in (512, 1024):
+                for each in (2, 4, n // 10):
+                    compare_by_classes(mining, n, each)
+        return
     print("     n  loss                     forward + backward: median (range), ratio, peak memory")
     for n in SIZES:
         compare(n)
