@@ -25,7 +25,7 @@
 #   its items; to measure lists (Recall@k, NDCG, coverage) against rivals that are hard to beat; and what popularity does to them all.
 # - **You need** chapters [2](02_triplets.ipynb) and [8](08_image_retrieval.ipynb); no GPU.
 # - **Running time** about 2 minutes on two cores.
-# - Previous: [10 · Your own images](10_your_own_images.ipynb)
+# - Previous: [10 · Your own images](10_your_own_images.ipynb) · Next: [12 · Beyond one machine](12_beyond_one_machine.ipynb)
 
 # %%
 import matplotlib.pyplot as plt
