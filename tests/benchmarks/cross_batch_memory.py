@@ -1,11 +1,11 @@
 """Does a memory of past batches help, and what else would the same seconds buy?
 
-    python tests/benchmarks/cross_batch_memory.py            choose, on training families held back
-    python tests/benchmarks/cross_batch_memory.py --final    measure, on the test families
-    python tests/benchmarks/cross_batch_memory.py --cost     a step's time and memory, by rows kept
-    python tests/benchmarks/cross_batch_memory.py --drift    how fast embeddings of fixed images move
+    python tests/benchmarks/cross_batch_memory.py          # choose, on training families held back
+    python tests/benchmarks/cross_batch_memory.py --final  # measure, on the test families
+    python tests/benchmarks/cross_batch_memory.py --cost   # a step's time and memory, by rows kept
+    python tests/benchmarks/cross_batch_memory.py --drift  # how far embeddings of fixed images move
 
-RUNTIME
+The first two take about a quarter of an hour each, the others a minute or two.
 
 Chapter 12's memory (Wang et al. 2020) on chapter 8's emoji at 16 x 16 pixels, all with
 `ResidualNet` (unit length), `TripletLoss(0.2)` of squared distances over all triplets unless named
@@ -184,9 +184,7 @@ def compare(names: list[str], *, final: bool, seeds: list[int]) -> None:
             interval = Score.of_values(by_class.numpy())
             only = [sum(int((sign * gain > 0).sum()) for gain in gains) for sign in (1, -1)]
             line += f"   {summary([float(gain.mean()) for gain in gains])}; over classes "
-            line += (
-                f"{interval.low:+.1%} to {interval.high:+.1%}; right alone {only[0]} : {only[1]}"
-            )
+            line += f"{interval.low:+.1%} to {interval.high:+.1%}; right alone {only}"
         print(line, flush=True)
 
 
@@ -243,8 +241,9 @@ def drift(names: list[str], seed: int = 0, every: int = 16) -> None:
             apart = pairwise_distances(snapshots[place], squared=True)[other].mean()
             moved, common = step.square().sum(dim=1).mean(), step.mean(dim=0).square().sum()
             print(
-                f"  steps {every * place:3} to {every * (place + 1):3}: moved {moved / apart:5.2f}, "
-                f"all together {common / apart:5.2f}; classes apart {apart:.2f}",
+                f"  steps {every * place:3} to {every * (place + 1):3}: "
+                f"moved {moved / apart:5.2f}, all together {common / apart:5.2f}; "
+                f"classes apart {apart:.2f}",
                 flush=True,
             )
 
