@@ -184,7 +184,7 @@ def own_part(folder, rank, number):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    warnings.simplefilter("error")
+    warnings.simplefilter("error", UserWarning)  # torch 2.4 warns of itself
     place = {"rank": int(os.environ["RANK"]), "number": int(os.environ["WORLD_SIZE"])}
     what = {"all": all_of_it, "kept": kept, "own part": own_part}[sys.argv[1]]
     more = {"die_at": int(sys.argv[3])} if len(sys.argv) > 3 else {}
