@@ -181,7 +181,7 @@ def test_five_questions_to_check_oneself_each_with_a_folded_answer(script):
     assert len(re.findall(r"^- ", texts[first + 6], re.MULTILINE)) <= 5
 
 
-PAGES = [*SCRIPTS, NOTEBOOKS / "glossary.md", ROOT / "README.md"]
+PAGES = [*SCRIPTS, NOTEBOOKS / "glossary.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -220,3 +220,13 @@ def test_readme_lists_every_chapter_and_every_public_name_is_documented():
         assert f"(notebooks/{script.stem}.ipynb)" in readme
     for name in tripletlib.__all__:
         assert getattr(tripletlib, name).__doc__, name
+
+
+def test_the_citation_names_the_version_and_the_licence_of_the_package():
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    for key in ("version", "license"):
+        (value,) = re.findall(rf'^{key} = "(.+)"$', package, re.MULTILINE)
+        assert f"\n{key}: {value}\n" in citation
+    (author,) = re.findall(r'^authors = \[\{ name = "(.+)" \}\]$', package, re.MULTILINE)
+    assert f'\nauthors:\n  - name: "{author}"\n' in citation

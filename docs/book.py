@@ -1,0 +1,187 @@
+"""What the site adds to Sphinx: notebooks' own metadata, mathematics, links to and from the API."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.logging import getLogger
+from sphinx.util.nodes import make_refnode
+from sphinx.writers.html5 import HTML5Translator
+
+_CHAPTER = re.compile(r"notebooks/\d\d_")
+_CALL = re.compile(r"(?:tripletlib\.)?([A-Za-z_][\w.]*)(?:\(.*\))?", re.DOTALL)
+_PYTHON = ("ipython3", "python")
+_BLOCK = re.compile(rf'<div class="highlight-(?:{"|".join(_PYTHON)}) .*?</pre>', re.DOTALL)
+# Neither an attribute nor the name of an argument.
+_NAME = re.compile(
+    r'(?<!<span class="o">\.</span>)<span class="n">(\w+)</span>(?!<span class="o">=</span>)'
+)
+_log = getLogger(__name__)
+
+
+def slug(title: str) -> str:
+    """Give a heading the anchor that JupyterLab gives it."""
+    return title.replace(" ", "-")
+
+
+def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Say in Sphinx's words what the sources say in those of Jupyter and of GitHub."""
+    if docname == app.config.root_doc:
+        # The table has a page of its own, and contents are listed at the side.
+        measured = "\n[What was measured](docs/measured.md), and how to repeat it.\n"
+        page = re.sub(r"(?<=\n## Measured\n).*?(?=\n## )", measured, source[0], flags=re.DOTALL)
+        source[0] = page + (Path(app.confdir) / "contents.md").read_text(encoding="utf-8")
+    elif _CHAPTER.match(docname):
+        notebook = json.loads(source[0])
+        for cell in notebook["cells"]:
+            metadata = cell["metadata"]
+            if "alt" in metadata:
+                metadata["mystnb"] = {"image": {"alt": metadata["alt"]}}
+            if metadata.get("jupyter", {}).get("source_hidden"):
+                metadata["tags"] = sorted({*metadata.get("tags", []), "hide-input"})
+        source[0] = json.dumps(notebook)
+
+
+def inline_mathml(writer: HTML5Translator, node: nodes.math) -> None:
+    """Write a formula in a line of text."""
+    writer.body.append(_mathml(node, "inline"))
+    raise nodes.SkipNode
+
+
+def block_mathml(writer: HTML5Translator, node: nodes.math_block) -> None:
+    """Write a formula on lines of its own."""
+    writer.body.append(f'<div class="formula">{_mathml(node, "block")}</div>')
+    raise nodes.SkipNode
+
+
+def _mathml(node: nodes.Element, display: str) -> str:
+    written = convert(node.astext(), display=display)
+    if "\\" in written:
+        _log.warning("no MathML for a command in %r", node.astext(), location=node)
+    return written
+
+
+def link_words(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Link inline code that names a part of the package, and each of the API's entries back."""
+    entries = app.env.get_domain("py").objects
+    for literal in list(doctree.findall(nodes.literal)):
+        found = _CALL.fullmatch(literal.astext())
+        if found is None or isinstance(literal.parent, nodes.reference):
+            continue
+        around = _entry_around(literal)
+        for name in (f"{around}.{found[1]}", f"tripletlib.{found[1]}"):
+            if name in entries and name != around:
+                place = entries[name].docname, entries[name].node_id
+                word = literal.deepcopy()
+                literal.replace_self(make_refnode(app.builder, docname, *place, word, name))
+                break
+    if docname.startswith("docs/api/"):
+        _name_chapters(app, doctree, docname)
+
+
+def _entry_around(node: nodes.Node) -> str:
+    """Give the full name of the class, or else the function, whose entry holds a node."""
+    name = ""
+    while node is not None:
+        if isinstance(node, addnodes.desc) and node[0]["ids"]:
+            name = node[0]["ids"][0]
+        node = node.parent
+    return name
+
+
+def _name_chapters(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Name in each entry, below its first paragraph, the chapters that use it, and where."""
+    uses = _uses(app.env)
+    for entry in list(doctree.findall(addnodes.desc)):
+        chapters = uses.get("".join(entry[0]["ids"]))
+        if chapters:
+            line = nodes.paragraph("", "In the book: ")
+            for chapter, section in chapters.items():
+                title = nodes.Text(app.env.titles[chapter].astext().partition(":")[0])
+                line += make_refnode(app.builder, docname, chapter, section, title)
+                line += nodes.Text(", ")
+            line[-1] = nodes.Text(".")
+            entry[-1].insert(entry[-1].first_child_matching_class(nodes.paragraph) + 1, line)
+
+
+def _uses(env: BuildEnvironment) -> dict[str, dict[str, str]]:
+    """Find for each name the chapters whose code uses it, and there the first section that does."""
+    if not hasattr(env, "uses_in_chapters"):
+        env.uses_in_chapters = {}
+        for chapter in sorted(filter(_CHAPTER.match, env.found_docs)):
+            doctree = env.get_doctree(chapter)
+            imported = _imported(doctree)
+            for code, tree in _code(doctree):
+                section = code.parent
+                while not isinstance(section, nodes.section):
+                    section = section.parent
+                for node in ast.walk(tree):
+                    if isinstance(node, ast.Name) and node.id in imported:
+                        found = env.uses_in_chapters.setdefault(imported[node.id], {})
+                        found.setdefault(chapter, section["ids"][0])
+    return env.uses_in_chapters
+
+
+def _code(doctree: nodes.document) -> Iterator[tuple[nodes.literal_block, ast.AST]]:
+    """Give the blocks that are Python; what a cell prints is not, nor one with a magic command."""
+    for block in doctree.findall(nodes.literal_block):
+        if block.get("language") in _PYTHON:
+            with suppress(SyntaxError):
+                yield block, ast.parse(block.astext())
+
+
+def _imported(doctree: nodes.document) -> dict[str, str]:
+    """Give what a page imports of the package: its name there, and its full name."""
+    return {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for _, tree in _code(doctree)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("tripletlib.")
+        for alias in node.names
+    }
+
+
+def link_code(
+    app: Sphinx, docname: str, template: str, context: dict, doctree: nodes.document | None
+) -> None:
+    """Link in a page's blocks of code what it imports of the package."""
+    if doctree is None or docname.startswith("docs/api/"):
+        return
+    entries = app.env.get_domain("py").objects
+    imported = {k: entries[name] for k, name in _imported(doctree).items() if name in entries}
+
+    def linked(name: re.Match) -> str:
+        if name[1] not in imported:
+            return name[0]
+        entry = imported[name[1]]
+        page = app.builder.get_relative_uri(docname, entry.docname)
+        return f'<a href="{page}#{entry.node_id}">{name[0]}</a>'
+
+    context["body"] = _BLOCK.sub(lambda block: _NAME.sub(linked, block[0]), context["body"])
+
+
+def open_with_the_front_page(app: Sphinx, problem: Exception | None) -> None:
+    """Let the address of the folder, or ``index.html``, show the front page."""
+    if problem is None and app.builder.name == "html":
+        shutil.copyfile(app.outdir / f"{app.config.root_doc}.html", app.outdir / "index.html")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Tell Sphinx of all this."""
+    app.connect("source-read", prepare)
+    app.connect("doctree-resolved", link_words)
+    app.connect("html-page-context", link_code)
+    app.connect("build-finished", open_with_the_front_page)
+    app.add_html_math_renderer("mathml", (inline_mathml, None), (block_mathml, None))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
