@@ -384,5 +384,13 @@ function explorer(root, data) {
     keys[event.key]();
   });
 
+  // JupyterLab takes keys before the map hears them, unless the map bears this mark. Those with Ctrl,
+  // such as to save, are left to it.
+  window.addEventListener(
+    "keydown",
+    (event) => root.toggleAttribute("data-lm-suppress-shortcuts", !event.ctrlKey && !event.metaKey),
+    true,
+  );
+
   show(-1);
 }

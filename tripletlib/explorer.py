@@ -161,7 +161,7 @@ def explore(
     # In a script "<" could end it; JSON has another way to write it.
     written = json.dumps(data).replace("<", "\\u003c")
     page = (
-        '<div class="tripletlib-explorer" data-lm-suppress-shortcuts="true">\n'
+        '<div class="tripletlib-explorer">\n'
         f'<img alt="{title}" src="{_uri("png", png)}" style="max-width: 100%">\n'
         f"<script>\n(() => {{\n{_read('explorer.js')}\n"
         f"explorer(document.currentScript.parentElement, {written});\n}})();\n</script>\n</div>"
