@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
+import itertools
 import json
+import pydoc
 import re
 import shutil
 from collections.abc import Iterator
@@ -27,6 +31,8 @@ _BLOCK = re.compile(rf'<div class="highlight-(?:{"|".join(_PYTHON)}) .*?</pre>',
 _NAME = re.compile(
     r'(?<!<span class="o">\.</span>)<span class="n">(\w+)</span>(?!<span class="o">=</span>)'
 )
+# Of a number: between its thousands, and before its unit.
+_INSIDE = re.compile(r"(?<=\d) (?=\d{3}(?!\d)|%)")
 _log = getLogger(__name__)
 
 
@@ -51,6 +57,16 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
             if metadata.get("jupyter", {}).get("source_hidden"):
                 metadata["tags"] = sorted({*metadata.get("tags", []), "hide-input"})
         source[0] = json.dumps(notebook)
+
+
+def keep_numbers_whole(app: Sphinx, doctree: nodes.document) -> None:
+    """Let no line end inside a number, such as 60 000 or 5 %."""
+    for text in list(doctree.findall(nodes.Text)):
+        written = isinstance(
+            text.parent, (nodes.FixedTextElement, nodes.literal, nodes.math, nodes.raw)
+        )
+        if not written and _INSIDE.search(text):
+            text.parent.replace(text, nodes.Text(_INSIDE.sub("\N{NO-BREAK SPACE}", text)))
 
 
 def inline_mathml(writer: HTML5Translator, node: nodes.math) -> None:
@@ -128,9 +144,20 @@ def _uses(env: BuildEnvironment) -> dict[str, dict[str, str]]:
                     section = section.parent
                 for node in ast.walk(tree):
                     if isinstance(node, ast.Name) and node.id in imported:
-                        found = env.uses_in_chapters.setdefault(imported[node.id], {})
-                        found.setdefault(chapter, section["ids"][0])
+                        for name in _names(imported[node.id]):
+                            found = env.uses_in_chapters.setdefault(name, {})
+                            found.setdefault(chapter, section["ids"][0])
     return env.uses_in_chapters
+
+
+@functools.cache
+def _names(name: str) -> tuple[str, ...]:
+    """Give a name, and those that the class may have that the function so named returns."""
+    made = pydoc.locate(name)
+    if not inspect.isfunction(made):
+        return (name,)
+    places = itertools.accumulate(made.__module__.split("."), "{}.{}".format)
+    return name, *(f"{place}.{made.__annotations__.get('return')}" for place in places)
 
 
 def _code(doctree: nodes.document) -> Iterator[tuple[nodes.literal_block, ast.AST]]:
@@ -180,6 +207,7 @@ def open_with_the_front_page(app: Sphinx, problem: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx of all this."""
     app.connect("source-read", prepare)
+    app.connect("doctree-read", keep_numbers_whole, priority=400)  # before titles are gathered
     app.connect("doctree-resolved", link_words)
     app.connect("html-page-context", link_code)
     app.connect("build-finished", open_with_the_front_page)

@@ -74,8 +74,8 @@ def test_the_front_page_is_the_readme_and_lists_every_page(pages):
     expected = {f"notebooks/{chapter.stem}.html" for chapter in CHAPTERS}
     expected |= {"notebooks/glossary.html", "docs/api/index.html", "docs/measured.html"}
     assert expected <= listed
-    assert "n = 8 192" in pages["docs/measured.html"].find("table").text
-    assert "n = 8 192" not in pages["index.html"].text
+    assert "n = 8\N{NO-BREAK SPACE}192" in pages["docs/measured.html"].find("table").text
+    assert "n = 8\N{NO-BREAK SPACE}192" not in pages["index.html"].text
 
 
 @chapters
@@ -198,3 +198,19 @@ def test_chapter_and_api_link_to_each_other(chapter, page, pages):
         (entry,) = (entry for page in api for entry in page.find_all(id=f"tripletlib.{name}"))
         back = [link["href"] for link in entry.find_next_sibling("dd").find_all("a", href=True)]
         assert any(link.startswith(f"../../notebooks/{chapter.stem}.html#") for link in back), name
+
+
+def test_what_a_function_returns_is_linked_to_the_chapters_that_call_it(pages):
+    for page, name in (
+        ("training", "History"),
+        ("verification", "VerificationReport"),
+        ("data", "data.Emoji"),
+    ):
+        entry = pages[f"docs/api/{page}.html"].find(id=f"tripletlib.{name}")
+        assert "In the book: " in entry.find_next_sibling("dd").text, name
+
+
+def test_no_line_ends_inside_a_number(pages):
+    for address, page in pages.items():
+        for text in page.find_all(string=re.compile(r"\d %|\b\d+ 000\b")):
+            assert text.find_parent(["code", "pre", "script", "summary"]), (address, text)
