@@ -486,21 +486,6 @@ def test_in_jupyterlab_the_map_hears_the_mouse_and_keys_stay_its_own(lab, tab, c
 # ---- The site ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Give the folder that TRIPLETLIB_SITE names, else build the site."""
-    if given := os.environ.get("TRIPLETLIB_SITE"):
-        return Path(given)
-    if not (ROOT / "docs" / "conf.py").exists():
-        pytest.skip("there is no docs/conf.py to build a site from")
-    if missing := [name for name in ("sphinx", "myst_nb") if find_spec(name) is None]:
-        pytest.skip(f"the site needs {', '.join(missing)}: pip install --group docs")
-    folder = tmp_path_factory.mktemp("site") / "html"
-    command = [sys.executable, "-m", "sphinx", "-q", "-c", "docs", ".", folder]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return folder
-
-
 def test_every_page_of_the_site_fits_fetches_nothing_and_can_be_read(browser, site):
     pages = sorted(file for file in site.rglob("*.html") if "_static" not in file.parts)
     assert len(pages) > len(CHAPTERS)
@@ -518,3 +503,22 @@ def test_every_page_of_the_site_fits_fetches_nothing_and_can_be_read(browser, si
             if faults:
                 wrong[file.relative_to(site).as_posix()] = faults
     assert not wrong, json.dumps(wrong, indent=1)
+
+
+def test_the_map_of_a_chapter_hears_the_mouse_on_the_site(browser, site):
+    (chapter,) = (c for c in CHAPTERS if "\nexplore(" in c.with_suffix(".py").read_text("utf-8"))
+    with browser.new_context(viewport=WIDE) as context:
+        page = context.new_page()
+        faults = listen(page)
+        page.goto((site / "notebooks" / f"{chapter.stem}.html").as_uri())
+        page.locator(".map canvas").scroll_into_view_if_needed()
+        before = picture(page)
+        page.locator(".map canvas").press("ArrowRight")
+        expect(page.locator(".what")).to_contain_text("(image ")
+        expect(page.locator(".neighbours button")).to_have_count(8)
+        page.get_by_role("button", name="Zoom in").click()
+        assert picture(page) != before
+        on_the_map = page.locator(".what").inner_text()
+        page.locator(".neighbours button").first.click()
+        expect(page.locator(".what")).not_to_have_text(on_the_map)
+        assert faults == []

@@ -1,11 +1,7 @@
 """The web site, built once from the repository as it is, and read as a browser reads it."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -14,13 +10,9 @@ import pytest
 
 import tripletlib
 
-NEEDED = ("bs4", "latex2mathml", "myst_nb", "numpydoc", "sphinx", "sphinx_book_theme")
-MISSING = [name for name in NEEDED if find_spec(name) is None]
-if MISSING:
-    reason = f"the site needs {', '.join(MISSING)}: pip install --group docs (pip 25.1 or newer)"
-    pytest.skip(reason, allow_module_level=True)
-
-BeautifulSoup = pytest.importorskip("bs4").BeautifulSoup
+BeautifulSoup = pytest.importorskip(
+    "bs4", reason="the site needs beautifulsoup4: pip install --group docs (pip 25.1 or newer)"
+).BeautifulSoup
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -29,19 +21,6 @@ ONLY_LINKS = {"author", "canonical", "copyright", "index", "next", "prev", "sear
 LOADED = re.compile(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""")
 
 chapters = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.stem)
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """Build the site with every warning an error, and no way to the network."""
-    folder = tmp_path_factory.mktemp("site") / "html"
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
-    command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-c", "docs", ".", str(folder)]
-    built = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **nowhere}, capture_output=True, encoding="utf-8"
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -213,4 +192,5 @@ def test_what_a_function_returns_is_linked_to_the_chapters_that_call_it(pages):
 def test_no_line_ends_inside_a_number(pages):
     for address, page in pages.items():
         for text in page.find_all(string=re.compile(r"\d %|\b\d+ 000\b")):
-            assert text.find_parent(["code", "pre", "script", "summary", "title"]), (address, text)
+            as_it_is = text.find_parent(["code", "pre", "script", "summary", "title"])
+            assert as_it_is or text.find_parent(class_="cell_output"), (address, text)
