@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import html
 import inspect
 import itertools
 import json
@@ -31,6 +32,7 @@ _BLOCK = re.compile(rf'<div class="highlight-(?:{"|".join(_PYTHON)}) .*?</pre>',
 _NAME = re.compile(
     r'(?<!<span class="o">\.</span>)<span class="n">(\w+)</span>(?!<span class="o">=</span>)'
 )
+_ALT = re.compile(r'(?<=<img alt=")[^"]*')
 # Of a number: between its thousands, and before its unit.
 _INSIDE = re.compile(r"(?<=\d) (?=\d{3}(?!\d)|%)")
 _log = getLogger(__name__)
@@ -54,9 +56,18 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
             metadata = cell["metadata"]
             if "alt" in metadata:
                 metadata["mystnb"] = {"image": {"alt": metadata["alt"]}}
+                for output in cell["outputs"]:
+                    _describe(output.get("data", {}), metadata["alt"])
             if metadata.get("jupyter", {}).get("source_hidden"):
                 metadata["tags"] = sorted({*metadata.get("tags", []), "hide-input"})
         source[0] = json.dumps(notebook)
+
+
+def _describe(data: dict[str, str | list[str]], alt: str) -> None:
+    """Give the still picture of a map to move about in the alternative text of its cell."""
+    if "text/html" in data:
+        code = "".join(data["text/html"])
+        data["text/html"] = _ALT.sub(lambda _: html.escape(alt), code, count=1)
 
 
 def keep_numbers_whole(app: Sphinx, doctree: nodes.document) -> None:
