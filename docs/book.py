@@ -209,6 +209,17 @@ def link_code(
     context["body"] = _BLOCK.sub(lambda block: _NAME.sub(linked, block[0]), context["body"])
 
 
+def name_folds(
+    app: Sphinx, docname: str, template: str, context: dict, doctree: nodes.document | None
+) -> None:
+    """Give the theme's buttons that unfold the list of pages a name for those who hear them."""
+    if theirs := context.get("generate_toctree_html"):
+        named = '<summary aria-label="Pages of this part">'
+        context["generate_toctree_html"] = lambda *given, **options: str(
+            theirs(*given, **options)
+        ).replace("<summary>", named)
+
+
 def open_with_the_front_page(app: Sphinx, problem: Exception | None) -> None:
     """Let the address of the folder, or ``index.html``, show the front page."""
     if problem is None and app.builder.name == "html":
@@ -221,6 +232,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-read", keep_numbers_whole, priority=400)  # before titles are gathered
     app.connect("doctree-resolved", link_words)
     app.connect("html-page-context", link_code)
+    app.connect("html-page-context", name_folds, priority=900)  # after the theme
     app.connect("build-finished", open_with_the_front_page)
     app.add_html_math_renderer("mathml", (inline_mathml, None), (block_mathml, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -54,6 +54,7 @@ html_copy_source = False
 html_use_index = html_domain_indices = False
 # A page opened from the disk may not read others for the lines around what is found.
 html_show_search_summary = False
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_theme_options = {
     "footer_content_items": ["author.html"],
     "navbar_persistent": [],
