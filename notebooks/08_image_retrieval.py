@@ -23,7 +23,7 @@
 #
 # - **You will learn** to measure retrieval on unseen classes, against rivals that cost less; what makes drawings differ and how to say so by
 #   augmentation; how many classes it takes; and to search exactly and approximately with FAISS, add to an index, shrink it and keep it.
-# - **You need** chapters [4](04_training.ipynb) and [5](05_visualization.ipynb), and `pip install faiss-cpu`; no GPU.
+# - **You need** chapters [4](04_training.ipynb) and [5](05_visualization.ipynb), and FAISS, which `requirements.txt` brings; no GPU.
 # - **Running time** about 5 minutes on two cores.
 # - Previous: [7 · The paper](07_the_paper.ipynb) · Next: [9 · Verification](09_verification.ipynb)
 

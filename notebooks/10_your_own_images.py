@@ -23,7 +23,7 @@
 # - **You will learn** to read a folder with all that is odd in it, image by image and never all in memory; to train from it while
 #   you watch classes held back; to keep a search by file name that grows and shrinks with the folder; to fine-tune a network that
 #   was trained elsewhere; and how many classes and images it takes.
-# - **You need** chapter [8](08_image_retrieval.ipynb), and `pip install faiss-cpu`; no GPU.
+# - **You need** chapter [8](08_image_retrieval.ipynb), and FAISS, which `requirements.txt` brings; no GPU.
 # - **Running time** about 4 minutes on two cores.
 # - Previous: [9 · Verification](09_verification.ipynb) · Next: [11 · Recommendation](11_recommendation.ipynb)
 

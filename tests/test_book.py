@@ -122,6 +122,9 @@ def test_chapter_has_its_parts(script):
         assert part in text
     for part in ("## Exercises", "## Summary", "References"):
         assert part in text
+    (how,) = re.findall("^## Exercises\n\n(.+)", text, re.MULTILINE)
+    assert "unfold" in how
+    assert "the three dots" in how
     solutions = [c for c in code_cells(script) if c.metadata.get("jupyter") == HIDDEN]
     assert len(solutions) >= 3
     assert sum("assert" in cell.source for cell in code_cells(script)) >= 5
@@ -181,7 +184,7 @@ def test_five_questions_to_check_oneself_each_with_a_folded_answer(script):
     assert len(re.findall(r"^- ", texts[first + 6], re.MULTILINE)) <= 5
 
 
-PAGES = [*SCRIPTS, NOTEBOOKS / "glossary.md", ROOT / "README.md"]
+PAGES = [*SCRIPTS, NOTEBOOKS / "glossary.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -220,3 +223,22 @@ def test_readme_lists_every_chapter_and_every_public_name_is_documented():
         assert f"(notebooks/{script.stem}.ipynb)" in readme
     for name in tripletlib.__all__:
         assert getattr(tripletlib, name).__doc__, name
+
+
+def test_the_first_chapter_and_the_readme_say_how_to_run_and_to_leave_a_chapter():
+    first = "\n".join(texts_of(SCRIPTS[0]))
+    for words in ("**Shift+Enter**", "*Run ▸ Run All Cells*", "*Kernel ▸ Shut Down All Kernels*"):
+        assert words in first
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for words in ("`--no-browser`", "`01_data.ipynb` from the list", "Shut Down All Kernels*"):
+        assert words in readme
+
+
+def test_the_citation_names_the_version_and_the_licence_of_the_package():
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    for key in ("version", "license"):
+        (value,) = re.findall(rf'^{key} = "(.+)"$', package, re.MULTILINE)
+        assert f"\n{key}: {value}\n" in citation
+    (author,) = re.findall(r'^authors = \[\{ name = "(.+)" \}\]$', package, re.MULTILINE)
+    assert f'\nauthors:\n  - name: "{author}"\n' in citation

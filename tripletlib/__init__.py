@@ -15,6 +15,7 @@ from tripletlib.data import (
 )
 from tripletlib.distances import pairwise_distances
 from tripletlib.estimator import TripletEmbedder
+from tripletlib.explorer import Explorer, explore
 from tripletlib.losses import (
     ContrastiveLoss,
     DistanceRatioLoss,
@@ -44,6 +45,7 @@ __all__ = [
     "ContrastiveLoss",
     "DistanceRatioLoss",
     "EmbeddingNet",
+    "Explorer",
     "History",
     "HofferAilonNet",
     "ImageFolderDataset",
@@ -59,6 +61,7 @@ __all__ = [
     "describe_triplets",
     "draw_triplets",
     "embed",
+    "explore",
     "fit",
     "jitter",
     "jitter_colours",

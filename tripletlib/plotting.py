@@ -45,6 +45,31 @@ def use_theme() -> None:
     set_matplotlib_formats("retina")
 
 
+def shown_pixels(images: Tensor) -> Tensor:
+    """Return images as they are shown, in [0, 1] and of shape (n, height, width, channels).
+
+    Each channel goes from its lowest value in all images to its highest.
+    """
+    good = isinstance(images, Tensor) and images.dim() == 4
+    if not good or images.shape[1] not in (1, 3) or images.numel() == 0:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be a tensor of shape (n, 1 or 3, height, width), got {got}")
+    pixels = images.detach().cpu().float().movedim(1, -1)
+    low, high = pixels.amin(dim=(0, 1, 2)), pixels.amax(dim=(0, 1, 2))
+    return (pixels - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def points_on_plane(points: Tensor | np.ndarray) -> Tensor:
+    """Return points as float64 of shape (n, 2), of whichever type they came; refuse others."""
+    points = torch.as_tensor(points) if isinstance(points, np.ndarray) else points
+    if isinstance(points, Tensor) and not points.is_complex():
+        points = points.detach().cpu().double()  # drawn in it anyway
+    check_points(points, "points")
+    if points.shape[1] != 2:
+        raise ValueError(f"points must have shape (n, 2), got {tuple(points.shape)}")
+    return points
+
+
 def show_images(
     images: Tensor,
     titles: Sequence[str] | None = None,
@@ -73,14 +98,9 @@ def show_images(
     -------
     Figure
     """
-    good = isinstance(images, Tensor) and images.dim() == 4
-    if not good or images.shape[1] not in (1, 3) or len(images) == 0:
-        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images must be a tensor of shape (n, 1 or 3, height, width), got {got}")
+    pixels = shown_pixels(images)
     check_count(columns, "columns")
-    pixels, columns = images.detach().cpu().float().movedim(1, -1), int(columns)
-    low, high = pixels.amin(dim=(0, 1, 2)), pixels.amax(dim=(0, 1, 2))
-    pixels = (pixels - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    columns = int(columns)
     rows = -(-len(images) // columns)
     height = size * (1.28 if titles is not None else 1.08)
     figure, axes = plt.subplots(
@@ -126,12 +146,7 @@ def scatter_classes(
     -------
     Axes
     """
-    points = torch.as_tensor(points) if isinstance(points, np.ndarray) else points
-    if isinstance(points, Tensor) and not points.is_complex():
-        points = points.detach().cpu().double()  # drawn in it anyway, of whichever type
-    check_points(points, "points")
-    if points.shape[1] != 2:
-        raise ValueError(f"points must have shape (n, 2), got {tuple(points.shape)}")
+    points = points_on_plane(points)
     check_labels(labels, len(points), of="points")
     ax, labels = plt.gca() if ax is None else ax, labels.cpu()
     for label in labels.unique().tolist():

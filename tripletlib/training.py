@@ -838,7 +838,10 @@ def _has_fast_bf16(device: torch.device) -> bool:
 
 
 def _progress_bar(run: _Run, progress: bool) -> tqdm:
+    # A run that is only read again takes no time that could be told.
+    done = "{l_bar}{bar}| {n_fmt}/{total_fmt} trained before"
     return tqdm(
+        bar_format=done if len(run.history) == run.steps else None,
         total=run.steps,
         initial=len(run.history),
         disable=not progress,
