@@ -189,7 +189,8 @@ def fit(
         a checkpoint then holds the whole epochs before.
     workers : int, optional
         Processes that read a data set; the result is the same for any number. By default one a
-        core, up to 4, where the system starts processes by forking (Linux), and none elsewhere.
+        core, up to 4, where the system starts processes by forking (Linux), and none elsewhere;
+        several that torchrun has started share out the cores.
     progress : bool, default True
         Show a bar with the loss and the active fraction.
 
