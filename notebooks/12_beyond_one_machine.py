@@ -23,8 +23,8 @@
 # - **You will learn** to take positives and negatives from outside the batch, from a memory of past ones, say; to train one network in
 #   several processes with the loss of the whole batch; to search ten million vectors in two gigabytes, from the disk and in
 #   parts; and when none of this pays.
-# - **You need** chapters [2](02_triplets.ipynb), [4](04_training.ipynb) and [8](08_image_retrieval.ipynb); no GPU.
-# - **Running time** about 5 minutes on two cores.
+# - **You need** chapters [2](02_triplets.ipynb), [4](04_training.ipynb), [8](08_image_retrieval.ipynb) and, for one example, [11](11_recommendation.ipynb); no GPU.
+# - **Running time** about 4 minutes on two cores.
 # - Previous: [11 · Recommendation](11_recommendation.ipynb)
 
 # %%
@@ -83,7 +83,7 @@ points.requires_grad_()
 
 def gradient_of(*losses):
     """The gradient of a sum of losses by the points."""
-    return torch.autograd.grad(sum(losses), points)[0]
+    return torch.autograd.grad(sum(losses), points, retain_graph=True)[0]
 
 
 whole = batch_all_triplet_loss(points, classes, reduction="sum")
@@ -93,9 +93,11 @@ halves = [
     )
     for rows in (slice(0, 256), slice(256, 512))
 ]
+away = (gradient_of(*halves) - gradient_of(whole)).norm() / gradient_of(whole).norm()
 print(f"the sum over all triplets: {whole:.1f}; by halves: {halves[0]:.1f} + {halves[1]:.1f}")
+print(f"gradients differ by {away:.0e} of their length")
 assert torch.allclose(sum(halves), whole, rtol=1e-5)
-assert torch.allclose(gradient_of(*halves), gradient_of(whole), rtol=1e-4, atol=1e-2)
+assert away < 1e-5
 
 # %% [markdown]
 # They do, in value and in gradient, because every triplet has exactly one anchor. One thing has to be known: which row of the reference *is*
@@ -116,40 +118,37 @@ jaccard = common / (sizes[:, None] + sizes - common)  # shared libraries, of all
 same = jaccard >= 0.3
 same.fill_diagonal_(True)
 two_steps = (same.float() @ same.float() > 0) & ~same
-print(
-    f"{int(same.sum() - 400) // 2} pairs are alike; {int(two_steps.sum()) // 2} are like a third, but not alike"
-)
-assert two_steps.sum() > same.sum() - 400
-
-torch.manual_seed(0)
-baskets = torch.randn(400, 8)
-loss, active = batch_all_triplet_loss(baskets, same=same, return_active=True)
-by_hand = [
-    gap
-    for a in range(400)
-    for p in torch.nonzero(same[a])[:, 0]
-    if p != a
-    for gap in [
-        ((baskets[a] - baskets[p]) ** 2).sum()
-        - ((baskets[a] - baskets[~same[a]]) ** 2).sum(dim=1)
-        + 0.2
-    ]
-]
-by_hand = torch.cat(by_hand).relu()
-print(
-    f"{active:,} active triplets, mean loss {loss:.4f}; by hand {(by_hand > 0).sum():,}, {by_hand.sum() / (by_hand > 0).sum():.4f}"
-)
-assert active == (by_hand > 0).sum()
-assert torch.isclose(loss, by_hand.sum() / active, rtol=1e-4)
+alike, by_a_third = int(same.sum() - 400) // 2, int(two_steps.sum()) // 2
+print(f"{alike} pairs are alike; {by_a_third} others are both like a third")
+assert by_a_third > alike
 
 # %% [markdown]
-# More pairs are joined by a third than are alike themselves, so no labels could say this. Several labels an item (a picture of a dog *and* a beach) are
+# Each of these others is a pair that no labels could say: with labels, two that are of a third one's class are of one class. (The level, 0.3, is our choice.) Is the loss with `same` what we mean? Put the projects anywhere, and go through all triplets by hand.
+
+# %%
+torch.manual_seed(0)
+places = torch.randn(400, 8, dtype=torch.float64)
+loss, active = batch_all_triplet_loss(places, same=same, return_active=True)
+gaps = []
+for a in range(400):
+    squared = (places[a] - places).square().sum(dim=1)
+    positive = same[a] & (torch.arange(400) != a)
+    gaps.append((squared[positive][:, None] - squared[~same[a]] + 0.2).flatten())
+by_hand = torch.cat(gaps).relu()
+number = (by_hand > 0).sum()
+print(f"by the loss: {active:,} active triplets, their mean {loss:.4f}")
+print(f"by hand:     {number:,} active triplets, their mean {by_hand.sum() / number:.4f}")
+assert active == number
+assert torch.isclose(loss, by_hand.sum() / number)
+
+# %% [markdown]
+# Several labels an item (a picture of a dog *and* a beach) are
 # the same case: alike are those that share one. `mine_triplets`, `describe_triplets` and all minings of `TripletLoss` take `reference` and `same` as well.
 
 # %% [markdown]
 # ## A memory of past batches
 #
-# A triplet needs a positive. When a card holds only 64 images at a time, and they are drawn at random from 827 emoji with seven drawings each (chapter
+# A triplet needs a positive. When a GPU holds only 64 images at a time, and they are drawn at random from 827 emoji with five to eight drawings each (chapter
 # [8](08_image_retrieval.ipynb), at half size to save time), how many anchors find one? And how many would, if the 2 048 images before were still there?
 
 # %%
@@ -220,16 +219,24 @@ for a, row in enumerate((second[:, None] - others).square().sum(dim=2)):
 by_hand = np.mean([value for value in losses if value > 0])
 print(f"by hand {by_hand:.4f}, by the module {by_module[1]:.4f}")
 assert abs(by_hand - by_module[1]) < 1e-5
-assert by_module[0] == TripletLoss(margin=0.2)(first, y1)  # nothing remembered yet
+of_first = TripletLoss(margin=0.2)(first, y1)
+print(f"of the first batch, before which nothing is remembered: {of_first:.4f}, {by_module[0]:.4f}")
+assert torch.isclose(by_module[0], of_first, rtol=1e-5)
 
 # %% [markdown]
-# Does it help? Three networks start alike and look twice at every drawing. The first two meet the same batches of 64, drawn at random; one has a memory, and nothing else differs. The third has
+# Does it help? Three networks start alike and take two epochs, some 180 steps, each. The first two meet the same batches of 64, drawn at random; one has a memory, and nothing else differs. The third has
 # *balanced batches* of 16 × 4, which also bring positives in, and keeps nothing. While the one with memory trains, 300 drawings of new emoji are embedded every 16 steps, to see how far they move.
 
 
 # %% tags=["nbval-ignore-output"]
 def redraw(images):
     return jitter_colours(jitter(images))
+
+
+def found_first(embeddings):
+    """Which new drawings have a counterpart for their nearest other."""
+    nearest = pairwise_distances(F.normalize(embeddings)).fill_diagonal_(torch.inf).argmin(dim=1)
+    return new.labels[nearest] == new.labels
 
 
 def train_with(loss, looks=None, **batches):
@@ -244,8 +251,7 @@ def train_with(loss, looks=None, **batches):
 
     options = {"epochs": 2, "augment": redraw, "seed": 0, "progress": False, "callback": look}
     history = fit(network, small, kinds, loss=loss, **options, **batches)
-    nearest = pairwise_distances(embed(network, small_new)).fill_diagonal_(torch.inf).argmin(dim=1)
-    return new.labels[nearest] == new.labels, history
+    return found_first(embed(network, small_new)), history
 
 
 # %% tags=["nbval-ignore-output"]
@@ -255,19 +261,20 @@ balanced = BalancedBatchSampler(kinds, classes_per_batch=16, images_per_class=4)
 right = {"at random": train_with(plain, batch_size=64)[0]}
 right["with memory"], history = train_with(remembering, looks, batch_size=64)
 right["balanced"] = train_with(plain, batch_sampler=balanced)[0]
+right["pixels"] = found_first(1 - small_new.flatten(1))
 first_right = {name: float(found.float().mean()) for name, found in right.items()}
 print("Recall@1:", ", ".join(f"{name} {share:.1%}" for name, share in first_right.items()))
 a, b = right["with memory"], right["at random"]
-print(f"right only with memory {int((a & ~b).sum())}, only without {int((b & ~a).sum())}")
+print(f"of {len(a):,}, right only with memory {(a & ~b).sum()}, only without {(b & ~a).sum()}")
 assert first_right["with memory"] > first_right["at random"] + 0.05
 assert (a & ~b).sum() > 1.5 * (b & ~a).sum()
 
 # %% [markdown]
-# Paired on the same 2 450 drawings, the memory wins 413 first answers and loses 124: Recall@1 rises from 28.7 to 40.5 %. The simplest rival does as well: balanced batches reach 40.4 %, and cost nothing.
+# Paired on the same 2 450 drawings, the memory wins 413 first answers and loses 124: Recall@1 rises from 28.7 to 40.5 %. The simplest rival does as well: balanced batches reach 40.4 %, at less cost a step. Pixels find PIXELS.
 # Why may embeddings be stale at all? Because the network changes slowly, says the paper (*slow drift*). Look at it.
 
 
-# %% tags=["nbval-ignore-output"] alt="Two lines against the step. How far embeddings move in 16 steps falls from 0.8 of the distance between classes at step 32 to below 0.05 from step 144 on. The learning rate, dashed, rises until step 37, then falls to zero."
+# %% tags=["nbval-ignore-output"] alt="Two lines against the step. How far embeddings move in 16 steps falls from 0.9 of the distance between classes at step 32 to below 0.05 from step 144 on. The learning rate, dashed, rises until step 37, then falls to zero."
 def ways(looks):
     """Between looks: squared way of an image, and of all together, in distances of two classes."""
     differ = new.labels[:300, None] != new.labels[:300]
@@ -307,25 +314,27 @@ plt.show()
 
 # %% tags=["nbval-ignore-output"]
 print(f"16 steps move {each[0]:.2f} of the distance of two classes early, {each[-1]:.3f} late")
-assert each[0] > 5 * each[-2] > 5 * each[-1]
+assert each[0] > 20 * each[-1]
 assert each[0] > 0.3
 
 # %% [markdown]
-# So drift is *not* slow here, at first. A memory of 2 048 holds 32 batches, and in half of that time an image moves, squared, 0.8 times as far as two classes lie apart. Late in the run it is a hundredth, because the learning rate falls. Early memories
-# are nearly wrong, and help all the same: starting later (after 1 000 images) or with a quarter of the rate changed little.
+# So drift is *not* slow here, at first. A memory of 2 048 holds 32 batches, and in half of that time an image moves, squared, 0.86 times as far as two classes lie apart at the end. In the last steps it is a thousandth, because the learning rate falls. Early
+# memories are therefore nearly wrong; but a memory that starts after 1 000 images does no better (40.2 % against 40.5, on classes held back, three seeds of `tests/benchmarks/cross_batch_memory.py`).
 
 # %% [markdown]
-# One seed decides little, and a step with a memory costs more than one without. So `cross_batch_memory.py --final` gives every way the same seconds, which are three epochs with a memory, four without, six of batches of 256, and asks for the same new drawings, with five seeds:
+# One seed decides little, and a step with a memory costs more than one without. So that program, with `--final`, gives every way the same seconds (three epochs with a memory, four without, six of batches of 256) and asks for the same new drawings, with five seeds:
 #
-# | way, equal seconds | Recall@1 (mean, standard deviation) | less that with memory (95 %) |
+# | way, equal seconds | Recall@1 (mean ± standard deviation) | minus random batches with memory (95 % interval) |
 # |---|---|---|
-# | random batches of 64 | 29.4 %, 1.6 | −11.7 (−14.3 to −9.1) |
-# | random batches of 256 | 37.7 %, 1.4 | −3.4 (−5.3 to −1.5) |
-# | random batches of 64, memory of 2 048 | 41.1 %, 0.8 | |
-# | balanced batches of 16 × 4 | 43.1 %, 1.5 | 2.0 (0.7 to 3.3) |
-# | balanced batches, memory of 2 048 | 25.9 %, 2.7 | −15.3 (−18.1 to −12.5) |
+# | random batches of 64 | 29.4 ± 1.6 % | −11.7 (−14.3 to −9.1) |
+# | random batches of 256 | 37.7 ± 1.4 % | −3.4 (−5.3 to −1.5) |
+# | random batches of 64, memory of 2 048 | 41.1 ± 0.8 % | |
+# | balanced batches of 16 × 4 | 43.1 ± 1.5 % | 2.0 (0.7 to 3.3) |
+# | balanced batches, memory of 2 048 | 25.9 ± 2.7 % | −15.3 (−18.1 to −12.5) |
 #
 # A memory beats the larger batch that the same seconds buy, and balanced batches beat the memory. It is for where balanced batches cannot be drawn: classes that are not known in advance, or that come as a stream.
+#
+# Its price grows with its rows: the loss of 64 images takes 3 ms alone, 22 with 1 024 rows, 127 with 4 096 and 677 with 16 384, beside 42 ms of the network (`--cost`, one thread); a row is kept in 3 KiB, where an image in the batch keeps 278 KiB for the way back.
 
 # %% [markdown]
 # A memory must also survive a break. Stop a small run when its second epoch begins, and start it again from its checkpoint with an *empty* memory: are the weights those of a run without a break?
@@ -347,11 +356,12 @@ def small_run(folder, stop_in=None):
 with TemporaryDirectory() as one, TemporaryDirectory() as two:
     straight, broken_off = small_run(one), small_run(two, stop_in=1)
     resumed = small_run(two)
-print(f"largest difference: broken off {(straight - broken_off).abs().max():.2f},", end=" ")
-print(f"resumed {(straight - resumed).abs().max():.2f}")
-assert torch.equal(straight, resumed)
-assert not torch.equal(straight, broken_off)
+same_end = [torch.equal(straight, other) for other in (broken_off, resumed)]
+print(f"the weights of the run without a break: broken off {same_end[0]}, resumed {same_end[1]}")
+assert same_end == [False, True]
 
+# %% [markdown]
+# They are, because the memory is made of the loss's *buffers*, and `fit` puts the loss into the checkpoint beside the network.
 
 # %% [markdown]
 # ## One network, several processes
@@ -361,9 +371,10 @@ assert not torch.equal(straight, broken_off)
 # another loss. How many triplets of a batch of 512 stay within the halves?
 
 # %%
-halves = [labels[:256], labels[256:512]]
+in_halves = [labels[:256], labels[256:512]]
 triplets = [
-    describe_triplets(torch.rand(len(part), 2), part).triplets for part in (labels[:512], *halves)
+    describe_triplets(torch.rand(len(part), 2), part).triplets
+    for part in (labels[:512], *in_halves)
 ]
 print(f"{triplets[0]:,} triplets in a batch of 512 digits, {sum(triplets[1:]):,} within its halves")
 assert 0.2 < sum(triplets[1:]) / triplets[0] < 0.3
@@ -416,7 +427,7 @@ for processes in (1, 2, 3):
     torchrun(processes, "small.py", f"by_{processes}.pt")
 difference = max((weights(f"by_{n}.pt") - weights("by_1.pt")).abs().max() for n in (2, 3))
 print(f"weights after 18 steps differ by less than 1e-9: {bool(difference < 1e-9)}")
-assert 0 < difference < 1e-9
+assert difference < 1e-9
 
 # %% [markdown]
 # On a command line the same is `torchrun --nproc-per-node 2 small.py by_2.pt`; on several machines, each starts it with `--nnodes` and the address of the first. Two and three
@@ -432,14 +443,14 @@ try:
     died = False
 except RuntimeError:
     died = True
-kept = torch.load(here / "broken.pt", weights_only=True)["epoch"]
+epochs_kept = torch.load(here / "broken.pt", weights_only=True)["epoch"]
 torchrun(2, "small.py", "broken.pt")  # the same command again
-resumed = torch.equal(weights("broken.pt"), weights("by_2.pt"))
-print(f"one died, and all ended with an error: {died}; epochs in the checkpoint: {kept}")
-print(f"started again, it came to the weights of the run without a break: {resumed}")
+is_same = torch.equal(weights("broken.pt"), weights("by_2.pt"))
+print(f"one died, and all ended with an error: {died}; epochs in the checkpoint: {epochs_kept}")
+print(f"started again, it came to the weights of the run without a break: {is_same}")
 assert died
-assert kept == 1
-assert resumed
+assert epochs_kept == 1
+assert is_same
 
 # %% [markdown]
 # All end, because a process that waited for a dead one would wait for ever; and nothing is lost but the epoch that was begun.
@@ -471,7 +482,7 @@ rows = {
 }
 times = pd.DataFrame(rows, index=["seconds a step", "GB a process"]).T
 times["processes"] = [processes for processes, _ in starts.values()]
-times["GB in all"] = times["GB a process"] * times["processes"]
+times["GB in all, at most"] = times["GB a process"] * times["processes"]
 print(times.rename(index=lambda name: name.replace("\n", " ")).round(2).to_string())
 
 
@@ -479,7 +490,7 @@ print(times.rename(index=lambda name: name.replace("\n", " ")).round(2).to_strin
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
 for ax, column, title in zip(
     axes,
-    ("seconds a step", "GB in all"),
+    ("seconds a step", "GB in all, at most"),
     ("seconds a step: two threads do as well", "GB in all: each process has its own"),
     strict=True,
 ):
@@ -488,12 +499,18 @@ for ax, column, title in zip(
     ax.set(title=title, xticks=[], xlim=(0, 1.2 * times[column].max()))
 
 two = times.loc[["1 process,\n2 threads", "2 processes"]]
-assert 0.6 < two["seconds a step"].iloc[1] / two["seconds a step"].iloc[0] < 1.6
-assert two["GB in all"].iloc[1] > 1.5 * two["GB in all"].iloc[0]
+ratio = two.iloc[1] / two.iloc[0]
+print(
+    f"two processes beside two threads: {ratio['seconds a step']:.2f} times as long a step,",
+    end=" ",
+)
+print(f"{ratio['GB in all, at most']:.1f} times the memory")
+assert 0.5 < ratio["seconds a step"] < 1.8
+assert ratio["GB in all, at most"] > 1.5
 
 # %% [markdown]
-# On one machine, hardly anything: one process with two threads uses the same two cores, and all images, torch itself and the gradients lie in memory once. Four processes on two cores only wait for
-# each other. So *what fits on one machine is better off in one process*. Further machines (or GPUs, of which one process can use only one) bring cores of their own.
+# On one machine, hardly anything: one process with two threads uses the same two cores, and all images, torch itself and the gradients lie in memory once. Four processes on the two cores of this machine only wait for
+# each other. So *what fits on one machine is better off in one process*. Further machines (or GPUs, of which `fit` uses one a process) bring cores of their own.
 # What they cost is the exchange: of the embeddings, and of a gradient as large as the network. And one part is not shared out at all: the loss, which each computes for the whole batch.
 
 # %% tags=["nbval-ignore-output"]
@@ -511,18 +528,15 @@ for _ in range(5):
 loss_time, network_time = (min(seconds[part]) for part in ("loss", "network"))
 sent = 4 * (sum(weight.numel() for weight in network.parameters()) + 512 * 64)
 exchange = 2 * sent / 125e6  # there and back at a gigabit a second, which is 125 MB
-print(
-    f"network {network_time:.3f} s, loss {loss_time:.3f} s; to exchange: {sent / 1e6:.1f} MB, {exchange:.3f} s"
-)
+print(f"network {network_time:.3f} s, loss {loss_time:.3f} s, of which none is shared out")
+print(f"to exchange: {sent / 1e6:.1f} MB, {exchange:.3f} s")
 for machines in (2, 4, 8, 16):
-    step = network_time / machines + loss_time + exchange
-    print(
-        f"{machines:2} machines: {(network_time + loss_time) / step:4.1f} times as fast, by this reckoning"
-    )
-assert loss_time < 0.1 * network_time
+    gain = (network_time + loss_time) / (network_time / machines + loss_time + exchange)
+    print(f"{machines:2} machines: {gain:4.1f} times as fast, by this reckoning")
+assert loss_time < 0.3 * network_time
 
 # %% [markdown]
-# That is reckoned, not measured; there is one machine here. At a gigabit a second sixteen machines are some five times as fast as one, because then most of a step goes to the exchange; within a data centre, or between the GPUs of one machine, it takes a hundredth of that. Measure before you rent.
+# That is reckoned, not measured; there is one machine here. At a gigabit a second sixteen machines are some five times as fast as one, because then most of a step goes to the exchange. Faster lines (between the GPUs of one machine, say) move that limit. Measure before you rent.
 #
 # The embeddings of what is too much for one memory are written to a file, too: `embed(network, data, out="points.npy")` writes batch by batch,
 # in several processes each its share, and gives back the file *mapped into memory*: what is looked at is read, nothing else.
@@ -539,7 +553,7 @@ assert torch.allclose(written, embed(network, images[:5000]), atol=1e-6)
 #
 # Ten million embeddings of 32 numbers are 1.28 GB, a billion 128 GB, and most have more numbers. So a large
 # index keeps *codes* instead of vectors, is built from a file chunk by chunk, may stay on the disk, and may be divided among machines. `SearchIndex` does none of this: it is for what fits into memory. The FAISS below it does each in a few lines. All that
-# is to take less than two gigabytes more than the process holds now, which Linux lets us watch.
+# is to take less than two gigabytes more than the process holds now, which Linux lets us watch. (The vectors alone would fit, in 1.28 GB; the codes take 160 MB, and the rest is a chunk at a time being made.)
 
 
 # %%
@@ -603,26 +617,29 @@ def recall(found, right, k=10):
 # %% tags=["nbval-ignore-output"]
 def difficulty(points):
     squared, right = faiss.knn(queries, points.numpy(), 10)
-    small = faiss.index_factory(32, "IVF256,PQ8np")
-    small.train(points[:: len(points) // 15_000].numpy())
-    small.add(points.numpy())
-    small.nprobe = 4
-    return np.sqrt(np.median(squared[:, 0])), recall(small.search(queries, 10)[1], right)
+    trained = faiss.index_factory(32, "IVF256,PQ8np")
+    trained.train(points[:: len(points) // 15_000].numpy())
+    trained.add(points.numpy())
+    trained.nprobe = 4
+    nearest, tenth = np.sqrt(np.median(squared[:, [0, 9]], axis=0))
+    return nearest, tenth, recall(trained.search(queries, 10)[1], right)
 
 
 trial = {"60 000 real": real, "60 000 made": make(60_000, seed=1)[0]}
 trial = {name: difficulty(points) for name, points in trial.items()}
-for name, (nearest, share) in trial.items():
-    print(f"{name}: nearest at {nearest:.2f}, the index finds {share:.1%} of the ten nearest")
-assert abs(trial["60 000 made"][1] - trial["60 000 real"][1]) < 0.06
+for name, (nearest, tenth, share) in trial.items():
+    print(
+        f"{name}: nearest at {nearest:.2f}, tenth at {tenth:.2f}; of the ten {share:.1%} are found"
+    )
+assert abs(trial["60 000 made"][2] - trial["60 000 real"][2]) < 0.06
 
 # %% [markdown]
-# They are about as hard. With ten million the likeness ends: made vectors only fill the gaps between the 60 000 real ones, while a new writer's digit keeps away from all of them and has *many* at nearly the same distance. That makes the order of the nearest
-# harder to get right than it would be in a real catalogue. Nothing below says how well digits are recognised; only what an index finds, how fast, in how much memory.
+# They are about as hard. With ten million the likeness will end, because made vectors only fill the gaps between the 60 000 real ones: the nearest hardly come nearer, but there are *many* at nearly the same distance. That makes their order harder to get right
+# than in a real catalogue. Nothing below says how well digits are recognised; only what an index finds, how fast, in how much memory.
 #
 # ### Written once, read in chunks
 #
-# The ten million go to a file, in 16-bit numbers: 640 MB. From here on *these* rounded numbers are the catalogue. No more than a million are in memory at a time, as with a network that embeds images for days (`embed(..., out=file)`).
+# The ten million go to a file, in 16-bit numbers: 640 MB. From here on *these* rounded numbers are the catalogue. No more than a million are in memory at a time.
 
 # %% tags=["nbval-ignore-output"]
 COUNT, CHUNK = 10_000_000, 1_000_000
@@ -672,11 +689,10 @@ true_squared, exact_rows = merge(answers)
 exact_ms = exact_seconds / len(queries) * 1e3
 nearest, tenth = np.sqrt(np.median(true_squared[:, [0, 9]], axis=0))
 print(f"{exact_ms:.0f} ms a query; the nearest at {nearest:.2f}, the tenth at {tenth:.2f}")
-assert nearest < trial["60 000 made"][0]
-assert tenth / nearest < 1.2
+assert tenth / nearest < 1.2 < trial["60 000 real"][1] / trial["60 000 real"][0]
 
 # %% [markdown]
-# The tenth nearest is only a tenth farther than the nearest. Such crowding is what approximate search finds hard.
+# The tenth nearest is only a tenth farther than the nearest; among the 60 000 real ones it was a third. Such crowding is what approximate search finds hard.
 #
 # ### Codes of eight bytes
 #
@@ -695,11 +711,9 @@ for _, chunk in chunks():
     start = time.perf_counter()
     index.add(chunk)
     add_seconds += time.perf_counter() - start
-print(
-    f"trained on {len(sample):,} in {train_seconds:.1f} s, added {index.ntotal:,} in {add_seconds:.0f} s"
-)
+print(f"trained on {len(sample):,} in {train_seconds:.1f} s", end=", ")
+print(f"added {index.ntotal:,} in {add_seconds:.0f} s")
 assert index.ntotal == COUNT
-assert add_seconds > train_seconds
 
 # %% [markdown]
 # **Training** places the centres and learns the codes, from a sample: every hundredth vector of every chunk, 49 a cell (FAISS warns below 39). **Adding** finds each vector's cell and writes its code. Ten million times 2 048 distances are most of the work, so there
@@ -718,7 +732,7 @@ assert codes * 8 == COUNT * 128
 # ### Recall against time, and re-ranking
 #
 # `nprobe` is how many cells a query looks into. More cells find more, up to what the codes can tell apart: neighbours of like codes cannot be put in order. So let the codes choose 100 **candidates**, read these from the file, and sort them by their
-# true distances: **re-ranking**. `np.memmap` makes the file look like an array, of which only the rows asked for are read.
+# true distances: **re-ranking**. `np.memmap` makes the file look like an array, of which only the rows asked for are read. In the table, "@1" is the share of queries whose nearest comes first, "@10" the share of the ten nearest among the first ten found.
 
 # %% tags=["nbval-ignore-output"]
 on_disk = np.memmap(file, np.float16, "r", shape=(COUNT, 32))
@@ -757,62 +771,46 @@ curve.round(3)
 
 # %% tags=["nbval-ignore-output"]
 at = curve.loc[16]
-print(
-    f"nprobe 16, codes alone: {at['codes @10']:.0%} of the ten nearest; re-ranked: {at['re-ranked @10']:.0%}"
-)
-print(
-    f"{at['ms re-ranked']:.2f} ms a query, exact search {exact_ms / at['ms re-ranked']:.0f} times as long"
-)
+times_as_long = exact_ms / at["ms re-ranked"]
+print(f"nprobe 16, codes alone: {at['codes @10']:.0%} of the ten nearest", end="; ")
+print(f"re-ranked: {at['re-ranked @10']:.0%}")
+print(f"{at['ms re-ranked']:.2f} ms a query, exact search {times_as_long:.0f} times as long")
 assert 0.25 < at["codes @10"] < 0.55
 assert at["re-ranked @10"] > 0.85
 assert at["re-ranked @1"] > at["re-ranked @10"]
 assert at["codes @1"] < at["codes @10"]
-assert curve["re-ranked @10"].is_monotonic_increasing
-assert at["ms re-ranked"] < exact_ms / 8
+assert (curve["re-ranked @10"].diff()[1:] > -0.01).all()
+assert times_as_long > 8
 assert curve["codes @10"].loc[64] - curve["codes @10"].loc[8] < 0.03
 
 # %% alt="Recall of the ten nearest against milliseconds a query, for 1 to 64 cells. Codes alone rise from 30 % and stay at 40 % from eight cells on. Re-ranked, the curve rises from 57 % to 93 %. The exact search, a star at 100 %, lies far to the right."
 figure, ax = plt.subplots(figsize=(8, 4.2))
+
+
+def note(text, x, y, away, color="black", **style):
+    """A word beside a point, so far away from it."""
+    ax.annotate(text, (x, y), away, textcoords="offset points", color=color, **style)
+
+
 lines = {
     "re-ranked": ("ms re-ranked", SAME, "re-ranked by 100\nvectors from the file"),
     "codes": ("ms", DIFFERENT, "8-byte codes alone"),
 }
-for kind, (column, color, label) in lines.items():
+for kind, (column, color, words) in lines.items():
     ax.plot(curve[column], curve[f"{kind} @10"], "o-", color=color)
     for nprobe, point in curve.iterrows():
-        ax.annotate(
-            nprobe,
-            (point[column], point[f"{kind} @10"]),
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-            color=color,
-            fontsize=10,
-        )
-    ax.annotate(
-        label,
-        (curve[column].iloc[-1], curve[f"{kind} @10"].iloc[-1]),
-        (12, -4),
-        textcoords="offset points",
-        va="center",
-        color=color,
-        fontweight="bold",
-    )
+        note(nprobe, point[column], point[f"{kind} @10"], (0, 7), color, ha="center", fontsize=10)
+    note(words, point[column], point[f"{kind} @10"], (12, -4), color, va="center")
 ax.plot(exact_ms, 1, "*", markersize=14, color="black")
-ax.annotate("exact", (exact_ms, 1), (0, 9), textcoords="offset points", ha="center")
-ax.set(
-    title="Codes find the neighbourhood, re-ranking the neighbours", xscale="log", ylim=(0, 1.13)
-)
-ax.set(
-    xlabel="milliseconds a query (250 at once)",
-    ylabel="recall of the ten nearest",
-    xlim=(None, exact_ms * 1.7),
-)
+note("exact", exact_ms, 1, (0, 9), ha="center")
+ax.set(xscale="log", xlim=(None, exact_ms * 1.7), ylim=(0, 1.13))
+ax.set(xlabel="milliseconds a query (250 at once)", ylabel="recall of the ten nearest")
+ax.set_title("Codes find the neighbourhood, re-ranking the neighbours")
 ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# The small numbers are `nprobe`. With codes alone recall stops at 40 % from eight cells on, because the codes cannot tell the tenth nearest from the thirtieth. Re-ranked, the same search gives 93 %, for a few hundredths of a millisecond more. The file was in the system's
+# The small numbers are `nprobe`. With codes alone recall stops at 40 % from eight cells on, because the codes cannot put neighbours in order that lie so close (exercise 3). Re-ranked, the same search gives 93 %, for about a tenth of a millisecond more. The file was in the system's
 # cache here; from a cold disk a hundred scattered rows a query cost more, so use a fast one (SSD).
 #
 # ### On the disk
@@ -827,15 +825,15 @@ wanted = index.search(queries, 10)
 mapped = faiss.read_index(str(saved), faiss.IO_FLAG_MMAP)
 mapped.nprobe = 16
 again = mapped.search(queries, 10)
-print(
-    f"{saved.stat().st_size / 1e6:.0f} MB, codes and row numbers {codes / saved.stat().st_size:.1%}"
-)
-assert all(np.array_equal(one, other) for one, other in zip(wanted, again, strict=True))
-assert codes < saved.stat().st_size < 1.01 * codes
+size = saved.stat().st_size
+is_same = all(np.array_equal(one, other) for one, other in zip(wanted, again, strict=True))
+print(f"{size / 1e6:.0f} MB, codes and row numbers {codes / size:.1%}; same answers: {is_same}")
+assert is_same
+assert codes < size < 1.01 * codes
 del mapped
 
 # %% [markdown]
-# The same answers, to the last bit. What opening costs is measured in a new process, as a server would start, because this one has free memory left over that would hide it.
+# The same answers, to the last bit. What opening costs is measured in a new process, as a server would start, because this one has free memory left over that would hide it. MB are what it holds more than before opening.
 
 # %% tags=["nbval-ignore-output"]
 np.save(Path(vectors.name) / "queries.npy", queries)
@@ -866,21 +864,24 @@ opened = pd.DataFrame(opened).T
 opened.round(3)
 
 # %% tags=["nbval-ignore-output"]
-whole, by_pages = opened.loc["read whole"], opened.loc["mapped"]
-print(f"opened in {whole['seconds'] * 1e3:.0f} ms whole, {by_pages['seconds'] * 1e3:.0f} ms mapped")
-assert by_pages["seconds"] < whole["seconds"]
-assert not by_pages["MB"] > whole["MB"] / 3
-assert not by_pages["MB, 1 asked"] > whole["MB"] / 2
+read_whole, by_pages = opened.loc["read whole"], opened.loc["mapped"]
+print(
+    f"opened in {read_whole['seconds'] * 1e3:.0f} ms whole, {by_pages['seconds'] * 1e3:.0f} ms mapped"
+)
+assert by_pages["seconds"] < read_whole["seconds"]
+assert not by_pages["MB"] > read_whole["MB"] / 3
+assert not by_pages["MB, 1 asked"] > read_whole["MB"] / 2
 
 # %% [markdown]
-# Reading whole copies 160 MB. Mapping takes under 20 MB (centres and tables), a few more after one query, and keeps what has been searched as long as nobody else needs the memory. Several processes that map one file share its pages. A mapped index cannot grow.
+# Reading whole takes 179 MB: the 160 of the lists, and a table of distances computed from the centres. Mapping takes that table only, a few MB more after one query, and after 250 nearly everything; but these are pages of the file, which the system drops when others need the
+# memory, and which several processes share. A mapped index cannot grow.
 #
 # ### Shards: the same on several machines
 #
 # When one machine's memory or time is not enough, each gets a part of the catalogue, a **shard**. A query goes to all, each answers with its ten nearest, and the answers are merged, as those of the chunks were. All shards start from the *same trained, empty* index, so that a vector
 # has the same code wherever it lies. Here four shards are cut from the index by row number modulo 4.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 shards = [faiss.clone_index(empty) for _ in range(4)]
 for number, shard in enumerate(shards):
     index.copy_subset_to(shard, faiss.InvertedLists.SUBSET_TYPE_ID_MOD, 4, number)
@@ -890,11 +891,11 @@ squared, rows = merge(answers)
 same_rows = float((rows == wanted[1]).mean())
 print(f"{[shard.ntotal for shard in shards]} vectors; same rows as the whole: {same_rows:.2%}")
 assert sum(shard.ntotal for shard in shards) == COUNT
-assert np.array_equal(squared, wanted[0])
+assert np.allclose(squared, wanted[0], rtol=1e-5)
 assert same_rows > 0.99
 
 # %% [markdown]
-# The distances are the same to the last bit (rows could differ where two have the same code). Within one machine `faiss.IndexShards` does the sending and merging. What shards cost: every machine finds the 16 nearest cells anew, the query waits for
+# The same rows at the same distances (where two vectors have the same code, either may come first). Within one machine `faiss.IndexShards` does the sending and merging. What shards cost: every machine finds the 16 nearest cells anew, the query waits for
 # the slowest, and a machine that is down takes its quarter with it (exercise 4).
 
 # %% tags=["nbval-ignore-output"]
@@ -925,17 +926,15 @@ scanned = {  # codes that a query looks at: nprobe * vectors / cells
 for name, number in scanned.items():
     ms = at["ms"] * number / scanned["here, 2 048 cells"]
     print(f"{name:27} {number:9,.0f} codes a query, about {ms:.1f} ms on this machine")
-print(
-    f"adding a billion to 2 048 cells: {add_seconds * 100 / 60:.0f} minutes; exact: {exact_ms / 10:.1f} s a query"
-)
-assert scanned["a billion, 20 480 cells"] == 10 * scanned["here, 2 048 cells"]
-assert scanned["a billion, 1 048 576 cells"] < scanned["here, 2 048 cells"]
+print(f"adding a billion to 2 048 cells: {add_seconds * 100 / 60:.0f} minutes")
+print(f"an exact search among a billion: {exact_ms / 10:.1f} s a query")
 
 # %% [markdown]
-# The rule is right to 5 %; what it leaves out are the centres and their graph. The scaled times say why there are a million cells: with only ten times ours a query scans ten times the codes, with 1 048 576, of which it looks into 64, fewer than here. Their k-means wants 30 million vectors or more, on a GPU.
+# The rule is right to 5 %; what it leaves out are the centres and their graph. The scaled times say why there are a million cells: with only ten times ours a query scans ten times the codes, with 1 048 576, of which it looks into 64, fewer than here (finding those 64 is not counted; there is the graph for that). Their k-means wants 30 million vectors or more, on a GPU.
 # On four GPUs a billion vectors in 20-byte codes [answered a query in 0.013 ms with R@1 of 45 %](https://github.com/facebookresearch/faiss/blob/main/benchs/README.md), and a graph of the neighbours of a billion took [under 12 hours](https://arxiv.org/abs/1702.08734).
-#
-# A plan, then: 8-byte codes of a billion are 16 GB, one machine of 32 GB or eight shards of 2 GB; 64-byte codes one of 96 GB. The vectors for re-ranking, 64 GB in 16-bit numbers of 32, lie on an SSD. Train on a GPU, add in parallel, and measure recall on a thousandth first.
+
+# %% [markdown]
+# A plan, then: 8-byte codes of a billion are 16 GB, one machine of 32 GB or eight shards of 2 GB; 64-byte codes one of 96 GB. The vectors for re-ranking, 64 GB as 32 numbers of 16 bits, lie on an SSD. Train on a GPU, add in parallel, and measure recall against an exact search of all of it in chunks, for a few hundred queries: on a part of the catalogue an index looks better than it is (next table).
 #
 # ### When a large index pays
 #
@@ -952,13 +951,13 @@ def small_catalogue(count):
     points = next(chunks())[1][:count]
     (_, truth), exact = timed(lambda: faiss.knn(queries, points, 10))
     start = time.perf_counter()
-    small = faiss.index_factory(32, f"IVF{round(0.65 * count**0.5)},PQ8np")
-    small.train(points[:: max(1, count // 50_000)])
-    small.add(points)
-    build, small.nprobe = time.perf_counter() - start, 16
-    (_, found), ms = timed(lambda: small.search(queries, 100))
-    found, more = timed(lambda: rerank(found))
-    return exact, build, ms + more, recall(found, truth), pays_off(build, exact, ms + more)
+    trained = faiss.index_factory(32, f"IVF{round(0.65 * count**0.5)},PQ8np")
+    trained.train(points[:: max(1, count // 50_000)])
+    trained.add(points)
+    build, trained.nprobe = time.perf_counter() - start, 16
+    (_, near_ones), ms = timed(lambda: trained.search(queries, 100))
+    ranked, more = timed(lambda: rerank(near_ones))
+    return exact, build, ms + more, recall(ranked, truth), pays_off(build, exact, ms + more)
 
 
 table = {count: small_catalogue(count) for count in (10_000, 100_000)}
@@ -976,12 +975,10 @@ table.round({"exact ms": 2, "build s": 1, "index ms": 2, "recall": 3, "pays off 
 
 # %% tags=["nbval-ignore-output"]
 queries_needed = table["pays off after"]
-print(
-    f"ten million: after {queries_needed[COUNT]:,.0f} queries; ten thousand: {queries_needed[10_000]:,.0f}"
-)
+for count, queries_asked in queries_needed.items():
+    print(f"{count:10,} vectors: pays off after {queries_asked:,.0f} queries")
 assert 100 < queries_needed[COUNT] < 20_000
 assert queries_needed[10_000] > 2 * queries_needed[COUNT]
-assert table["exact ms"].is_monotonic_increasing
 
 # %% alt="Seconds in all against queries, both axes logarithmic. Exact search is a straight line; IVF-PQ is flat at its building time and bends up late. The lines cross near five hundred queries."
 figure, ax = plt.subplots(figsize=(8, 4))
@@ -990,29 +987,14 @@ for name, fixed, ms, color in (
     ("exact", 0, exact_ms, "black"),
     ("IVF-PQ, re-ranked", build_seconds, at["ms re-ranked"], SAME),
 ):
-    ax.plot(asked, fixed + asked * ms / 1e3, color=color)
-    ax.annotate(
-        name,
-        (asked[-1], fixed + asked[-1] * ms / 1e3),
-        (6, -4),
-        textcoords="offset points",
-        color=color,
-    )
+    in_all = fixed + asked * ms / 1e3
+    ax.plot(asked, in_all, color=color)
+    note(name, asked[-1], in_all[-1], (6, -4), color)
 cross = queries_needed[COUNT]
 ax.plot(cross, cross * exact_ms / 1e3, "o", color=DIFFERENT)
-ax.annotate(
-    f"{cross:,.0f} queries",
-    (cross, cross * exact_ms / 1e3),
-    (8, -14),
-    textcoords="offset points",
-    color=DIFFERENT,
-)
-ax.set(
-    title="Ten million vectors: after hundreds of queries an index has paid off",
-    xscale="log",
-    yscale="log",
-    xlim=(1, 4e7),
-)
+note(f"{cross:,.0f} queries", cross, cross * exact_ms / 1e3, (8, -14), DIFFERENT)
+ax.set(xscale="log", yscale="log", xlim=(1, 4e7))
+ax.set_title("Ten million vectors: after hundreds of queries an index has paid off")
 ax.set(xlabel="queries in all", ylabel="seconds, building included")
 plt.show()
 
@@ -1035,22 +1017,25 @@ plt.show()
 # ## When it goes wrong
 #
 # **A copy of oneself, and a graph that is gone.** Two slips with a memory. Without `anchor_rows` the anchor's own copy counts as its positive, at distance zero, and nothing complains. With embeddings that were not detached, the second step wants to go back
-# through a network that is gone, and torch complains.
+# through a graph that the first has freed, and torch complains.
 
 # %%
-remembered = {"reference": torch.cat([second, first]), "reference_labels": torch.cat([y2, y1])}
+of_both_batches = {"reference": torch.cat([second, first]), "reference_labels": torch.cat([y2, y1])}
 told, untold = (
-    plain(second, y2, anchor_rows=torch.arange(12), **remembered),
-    plain(second, y2, **remembered),
+    plain(second, y2, anchor_rows=torch.arange(12), **of_both_batches),
+    plain(second, y2, **of_both_batches),
 )
 print(f"loss {told:.4f} if told which row is the anchor, {untold:.4f} if not")
 assert untold < told
 
 network = ResidualNet()
-kept = network(small[few[:32]])
-plain(kept, kinds[few[:32]]).backward()
+not_detached = network(small[few[:32]])
+plain(not_detached, kinds[few[:32]]).backward()
 value = plain(
-    network(small[few[32:64]]), kinds[few[32:64]], reference=kept, reference_labels=kinds[few[:32]]
+    network(small[few[32:64]]),
+    kinds[few[32:64]],
+    reference=not_detached,
+    reference_labels=kinds[few[:32]],
 )
 try:
     value.backward()
@@ -1065,10 +1050,10 @@ assert "second time" in message
 
 
 # %% [markdown]
-# **A memory without positives.** Balanced batches help, a memory helps: take both? Within an epoch `BalancedBatchSampler` draws no class again before every other has been drawn, here after 51 batches. So
-# a memory of 32 batches holds *negatives only*; all positives are in the batch.
+# **A memory without positives.** Balanced batches help, a memory helps: take both? `BalancedBatchSampler` draws no class again before every other has been drawn, here for the first 51 batches. Until then
+# a memory of 32 batches holds *negatives only*, and all positives are in the batch.
 
-# %% tags=["nbval-ignore-output"] alt="Mean squared distance of two classes within a batch against the step. With random batches and memory it stays near 1. With balanced batches and memory it falls to about 0.05 at once and stays below 0.25 to the end."
+# %% tags=["nbval-ignore-output"] alt="Mean squared distance of two classes within a batch against the step. With random batches and memory it stays near 1. With balanced batches and memory it falls to about 0.05 within 30 steps, and stays below 0.3."
 both, looks_of_both = CrossBatchMemory(TripletLoss(margin=0.2), rows=2048), []
 right["both"], of_both = train_with(both, looks_of_both, batch_sampler=balanced)
 figure, ax = plt.subplots(figsize=(8, 3.2))
@@ -1080,7 +1065,7 @@ for name, run, color in (
     ax.plot(apart, color=color)
     ax.annotate(name, (100, apart[100]), (0, 8), textcoords="offset points", color=color)
 ax.set(
-    title="Each batch huddles on one spot, and the spot wanders",
+    title="With both, each batch huddles on one spot",
     xlabel="step",
     ylabel="distance² of classes in a batch",
     ylim=(0, 1.25),
@@ -1090,16 +1075,16 @@ plt.show()
 # %% tags=["nbval-ignore-output"]
 shares = {}
 for name, seen_so in (("random", looks), ("balanced", looks_of_both)):
-    each, together = ways(seen_so)
-    shares[name] = together[:4].sum() / each[:4].sum()
+    each_moved, moved_together = ways(seen_so)
+    shares[name] = moved_together[:4].sum() / each_moved[:4].sum()
     print(f"{name} batches with memory: {shares[name]:.0%} of the early way is common to all")
-found = float(right["both"].float().mean())
-print(f"Recall@1 of balanced batches: {first_right['balanced']:.1%}, with memory {found:.1%}")
-assert found < first_right["balanced"] - 0.05
+with_both = float(right["both"].float().mean())
+print(f"Recall@1 of balanced batches: {first_right['balanced']:.1%}, with memory {with_both:.1%}")
+assert with_both < first_right["balanced"] - 0.05
 assert shares["balanced"] > 2 * shares["random"]
 
 # %% [markdown]
-# Together they do worse than either. While its positives are all in the batch and the memory has negatives only, a batch escapes all of them most easily by moving to a new spot *as one*: most of the early way is common to all images, and the classes within the batch lie on
+# Together they do worse than either. As long as the memory holds negatives only, a batch escapes all of them most easily by moving to a new spot *as one*: most of the early way is common to all images, and the classes within the batch lie on
 # one another. The memory then pushes from where the batches have been. So take one or the other, or see to it that the memory holds positives too.
 
 
@@ -1137,9 +1122,6 @@ samples = {
 }
 for name, taken in samples.items():
     trained = faiss.index_factory(32, "IVF256,PQ8np")
-    trained.cp.min_catalogue_per_centroid = trained.pq.cp.min_catalogue_per_centroid = (
-        1  # no warning
-    )
     trained.train(taken)
     trained.add(catalogue)
     trained.nprobe = 16
@@ -1152,21 +1134,17 @@ assert samples["the first 20 000"][0] < samples["every 5th"][0] - 0.05
 assert samples["the first 20 000"][1] > 1.3 * samples["every 5th"][1]
 
 # %% [markdown]
-# Trained on the first fifth, all zeros and some ones, the index finds 44 % of the ten nearest instead of 68, although it looks at nearly three times as many codes: the other digits crowd into a few cells. FAISS cannot see this. Draw the sample from everywhere, and
+# Trained on the first fifth, all zeros and nine of ten ones, the index finds 44 % of the ten nearest instead of 68, although it looks at nearly three times as many codes: the other digits crowd into a few cells. FAISS cannot see this. Draw the sample from everywhere, and
 # train anew when the catalogue has changed.
 #
-# **`nprobe` left at 1.** That is FAISS's default. The index then answers from a single cell, fast and without complaint, and re-ranking does not help, because what is in no candidate's list cannot be ranked. Compare with an exact search of a few hundred queries before anything goes live.
+# **`nprobe` left at 1.** That is FAISS's default. The index then answers from a single cell, fast and without complaint, and re-ranking cannot mend it, because what lies in a cell that was not looked into is no candidate. Compare with an exact search of a few hundred queries before anything goes live.
 
 # %% tags=["nbval-ignore-output"]
 fresh = faiss.read_index(str(saved), faiss.IO_FLAG_MMAP)
-fresh.nprobe = empty.nprobe  # as a new index has it
-print(
-    f"nprobe {fresh.nprobe}: recall {recall(rerank(fresh.search(queries, 100)[1]), exact_rows):.0%} after re-ranking"
-)
-fresh.nprobe = 16
-print(
-    f"nprobe {fresh.nprobe}: recall {recall(rerank(fresh.search(queries, 100)[1]), exact_rows):.0%}"
-)
+for nprobe in (empty.nprobe, 16):  # the first as a new index has it
+    fresh.nprobe = nprobe
+    found = recall(rerank(fresh.search(queries, 100)[1]), exact_rows)
+    print(f"nprobe {nprobe}: recall {found:.0%} after re-ranking")
 assert empty.nprobe == 1
 assert curve["re-ranked @10"][1] < 0.7 < curve["re-ranked @10"][16]
 del fresh
@@ -1213,7 +1191,7 @@ assert torch.allclose(gradient_of(shared), gradient_of(mean), rtol=1e-3, atol=1e
 
 
 # %% [markdown]
-# **2.** How many rows must a memory have so that nine of ten anchors of a random batch of 64 find a positive? Write a formula for classes of seven drawings among 5 834, and compare it with `with_positive`. What would ten times as many classes need?
+# **2.** How many rows must a memory have so that nine of ten anchors of a random batch of 64 find a positive? Write a formula for classes of about seven drawings among 5 834, and compare it with `with_positive`. What would ten times as many classes need?
 
 # %%
 # Your attempt
@@ -1229,13 +1207,14 @@ def rows_needed(share, images, siblings=6, batch=64):
 
 needed = rows_needed(0.9, len(kinds))
 torch.manual_seed(0)
+assert 2100 < needed < 2300
 assert abs(with_positive(needed) - 0.9) < 0.05
 assert 9 < rows_needed(0.9, 10 * len(kinds)) / needed < 11
 
 # %% [markdown]
 # <details><summary>Answer 2</summary>
 #
-# About 2 200. Of 5 834 drawings six are siblings, so that one of the others is none with probability 1 − 6/5 833; nine of ten anchors have at least one sibling when that to the power of the number of others is a tenth. With ten times as many classes ten times as many
+# About 2 200. Of 5 834 drawings some six are siblings, so that one of the others is none with probability 1 − 6/5 833; nine of ten anchors have at least one sibling when that to the power of the number of others is a tenth. With ten times as many classes ten times as many
 # rows: the memory has to grow with the number of classes. A balanced batch does not.
 #
 # </details>
@@ -1255,7 +1234,7 @@ for count in (10, 30, 100, 300, 1000):
     among = float((candidates[:, :, None] == exact_rows[:, None]).any(axis=1).mean())
     by_count[count] = recall(rerank(candidates), exact_rows)
     assert abs(by_count[count] - among) < 0.002
-assert by_count[10] < 0.6 < by_count[30] < by_count[100] < by_count[1000]
+assert by_count[10] < 0.5 < by_count[30] < 0.8 < by_count[100] < 0.97 < by_count[300]
 
 # %% [markdown]
 # <details><summary>Answer 3</summary>
@@ -1274,14 +1253,14 @@ assert by_count[10] < 0.6 < by_count[30] < by_count[100] < by_count[1000]
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 # Solution 4
 _, left = merge([shard.search(queries, 10) for shard in shards[:3]])
-kept = (left[:, :, None] == wanted[1][:, None]).any(axis=1).mean(axis=1)
-assert abs(kept.mean() - 0.75) < 0.04
-assert kept.min() < 0.6
+shares_left = (left[:, :, None] == wanted[1][:, None]).any(axis=1).mean(axis=1)
+assert abs(shares_left.mean() - 0.75) < 0.04
+assert shares_left.min() <= 0.5
 
 # %% [markdown]
 # <details><summary>Answer 4</summary>
 #
-# About 75 % on average, because every fourth vector is gone, whoever is asked; for the worst query 40 % or less. If machines held classes, most queries would lose nothing and those of the missing classes nearly everything. Spread at random, all lose a little, which is noticed by few and by measuring only; so keep a second copy (*replica*) of each shard.
+# About 75 % on average, because every fourth vector is gone, whoever is asked; for the worst query half or less. If machines held classes, most queries would lose nothing and those of the missing classes nearly everything. Spread at random, all lose a little, which is noticed by few and by measuring only; so keep a second copy (*replica*) of each shard.
 #
 # </details>
 
@@ -1350,7 +1329,7 @@ assert not memory("VmHWM") - before > 2000
 #
 # <details><summary>Answer</summary>
 #
-# **c.** It takes a fraction of a millisecond a query, misses nothing, needs no training, and 50 000 × 64 numbers are 13 MB.
+# **c.** A thousand questions take a fraction of a second a day, and that is all an index could save. Exact search misses nothing, needs no training, and 50 000 × 64 numbers are 13 MB.
 #
 # </details>
 

@@ -180,6 +180,10 @@ def test_a_callback_that_returns_true_ends_the_run_and_other_values_do_not():
     history = fit(network, IMAGES, LABELS, **OPTIONS, callback=lambda so_far: len(so_far) == 7)
     assert len(history) == 7
     assert not network.training
+    by_numpy = fit(
+        made(), IMAGES, LABELS, **OPTIONS, callback=lambda so_far: so_far["step"][-1] == 6
+    )
+    assert len(by_numpy) == 7
     for value in (1, "yes", None):
         assert len(fit(made(), IMAGES, LABELS, **OPTIONS, callback=lambda _, v=value: v)) == 10
 

@@ -310,7 +310,7 @@ def _train(
                 shown = {"loss": f"{row['loss']:.3f}", "active": f"{row['active']:.1%}"}
                 bar.set_postfix(shown | run.best_shown(), refresh=False)
                 bar.update()
-                if callback is not None and run.processes.agree(callback(run.history) is True):
+                if callback is not None and run.processes.agree(_says_stop(callback(run.history))):
                     return run.processes.take_from_first(run.modules())
             run.processes.take_from_first(run.modules())
             if validate is not None:
@@ -618,6 +618,11 @@ def _freeze(network: nn.Module) -> None:
 def _is_trained(part: object) -> bool:
     weights = part.parameters() if isinstance(part, nn.Module) else ()
     return any(weight.requires_grad for weight in weights)
+
+
+def _says_stop(answer: object) -> bool:
+    """Whether a callback returned True, of Python or of NumPy; nothing else ends a run."""
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 def _plain(row: dict[str, object]) -> dict[str, object]:

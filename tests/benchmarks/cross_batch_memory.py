@@ -5,7 +5,7 @@
     python tests/benchmarks/cross_batch_memory.py --cost   # a step's time and memory, by rows kept
     python tests/benchmarks/cross_batch_memory.py --drift  # how far embeddings of fixed images move
 
-The first two take about a quarter of an hour each, the others a minute or two.
+To choose and to measure take about a quarter of an hour each, the others a minute.
 
 Chapter 12's memory (Wang et al. 2020) on chapter 8's emoji at 16 x 16 pixels, all with
 `ResidualNet` (unit length), `TripletLoss(0.2)` of squared distances over all triplets unless named
