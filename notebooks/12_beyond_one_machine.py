@@ -107,7 +107,7 @@ assert away < 1e-5
 # And what does a reference cost? The matrix of distances has n × r entries, so twice the rows should take twice the time. A *batch* of r rows has r × r.
 
 
-# %% tags=["nbval-ignore-output"] alt="Seconds of the loss against rows, both axes logarithmic. The line of 512 anchors against so many rows rises less steeply than that of a batch of so many rows; they start close together at 512 rows, and at 4 096 the batch takes several times as long."
+# %% alt="Seconds of the loss against rows, both axes logarithmic. The line of 512 anchors against so many rows rises less steeply than that of a batch of so many rows; they start close together at 512 rows, and at 4 096 the batch takes several times as long." tags=["nbval-ignore-output"]
 def seconds_of(embeddings, kinds, **reference):
     """Time of one loss and its gradient, the best of five."""
     embeddings, times = embeddings.clone().requires_grad_(), []
