@@ -126,8 +126,8 @@ assert 100 < hits.sum() < 175
 # %% [markdown]
 # ## The digits
 #
-# MNIST holds 70 000 scans of handwritten digits, grey, 28 pixels on a side, each with a label that says which digit was meant:
-# 60 000 for training and 10 000 for testing. They come with this book; nothing is downloaded. Four numbers describe a batch
+# MNIST holds 70 000 scans of handwritten digits, grey, 28 pixels on a side, each with a label that says which digit was meant:
+# 60 000 for training and 10 000 for testing. They come with this book; nothing is downloaded. Four numbers describe a batch
 # of images in PyTorch: how many, how many channels (one, as they are grey), height and width.
 
 # %%
@@ -181,7 +181,7 @@ for by in range(1, 6):
     )
 
 # %% [markdown]
-# Two pixels leave 987 of 1 000 images whole. Now take a one, measure how far it is from its own shifted copies, and look for
+# Two pixels leave 987 of 1 000 images whole. Now take a one, measure how far it is from its own shifted copies, and look for
 # the training images of *other* digits that lie nearest to it.
 
 # %% alt="Top: a handwritten 1 moved right by 0 to 4 pixels; its distance to the original grows from 0 to 16, 24, 25, 25. Bottom: a 7, a 7 and three 4s from the training set at distances 11 to 14, all nearer than the 1 moved by one pixel."
@@ -200,7 +200,7 @@ figure.suptitle("This 1 is nearer to a 7 than to itself moved by one pixel")
 assert from_start[1] > distance[0]
 
 # %% [markdown]
-# All numbers are distances from the 1 at the top left. One example proves little, so count over the first 1 000 test images:
+# All numbers are distances from the 1 at the top left. One example proves little, so count over the first 1 000 test images:
 # how often is an image, moved, farther from itself than from the nearest training image of *another* digit?
 
 # %%
@@ -215,7 +215,7 @@ assert 300 < fooled[1] < 400
 assert fooled[2] > 950
 
 # %% [markdown]
-# One pixel is too much for a third of the images, two are too much for 985 of 1 000.
+# One pixel is too much for a third of the images, two are too much for 985 of 1 000.
 #
 # ## Ten neighbours, by hand
 #
@@ -257,7 +257,7 @@ assert winner == int(from_library) == 2
 # ## Neighbours in pixel space
 #
 # The fraction of queries whose label the vote gets right is the **kNN accuracy**, the measure of chapters 1 and 3 to 7.
-# `knn_accuracy` does what we did by hand for all 10 000 test images.
+# `knn_accuracy` does what we did by hand for all 10 000 test images.
 
 # %%
 pixel_accuracy = knn_accuracy(test_images.flatten(1), test_labels, pixels, labels, k=10)
@@ -265,11 +265,11 @@ print(pixel_accuracy)
 assert 0.96 < pixel_accuracy < 0.975
 
 # %% [markdown]
-# The bracket is a 95 % **confidence interval**: intervals made this way hold the accuracy on all such digits in 95 cases of
+# The bracket is a 95 % **confidence interval**: intervals made this way hold the accuracy on all such digits in 95 cases of
 # 100. It counts the chance of having drawn these queries and takes them as independent. Digits by one writer are not quite, so
 # the interval should be a little wider.
 #
-# And 97 %, from a distance so easily fooled? Ask the first 1 000 queries with less of the gallery. Here the nearest image alone
+# And 97 %, from a distance so easily fooled? Ask the first 1 000 queries with less of the gallery. Here the nearest image alone
 # answers (k = 1), because in the smallest gallery a digit has only about ten images.
 
 # %%
@@ -284,8 +284,8 @@ assert by_size[100] < 0.75
 assert by_size[60_000] > 0.95
 
 # %% [markdown]
-# The size of the gallery did it: with 6 000 images of each digit, one is mostly written almost like the query. With about ten
-# of each, 63 % are right. Searches for faces or products have galleries of *that* kind.
+# The size of the gallery did it: with 6 000 images of each digit, one is mostly written almost like the query. With about ten
+# of each, 63 % are right. Searches for faces or products have galleries of *that* kind.
 #
 # Here are the first five queries that go wrong, with their ten neighbours; the third is the eight from above.
 
@@ -334,8 +334,8 @@ ax.set(xlabel="shift of the query (pixels)", ylabel="kNN accuracy, 1 000 queries
 plt.show()
 
 # %% [markdown]
-# From 95 % to 66 % at two pixels, and near guessing at five. It is because query and gallery no longer match: with the gallery
-# moved as well, accuracy is 95 % again. So this failure has a simple fix, to centre every image, and the makers of MNIST
+# From 95 % to 66 % at two pixels, and near guessing at five. It is because query and gallery no longer match: with the gallery
+# moved as well, accuracy is 95 % again. So this failure has a simple fix, to centre every image, and the makers of MNIST
 # did just that, which is part of why pixels do well on it. But slant, thickness and style remain, and each would ask for
 # a fix of its own. The book's way is to learn them all from examples.
 
@@ -365,7 +365,7 @@ assert nines_found[10] < 10
 assert nines_found[len(nines)] > 80
 
 # %% [markdown]
-# Adding a class is easy: no training, just rows. *Finding* it is where the distance counts. Ten nines among 54 000 other digits
+# Adding a class is easy: no training, just rows. *Finding* it is where the distance counts. Ten nines among 54 000 other digits
 # find 5 of the 94, because for most of them some four or seven is nearer; it takes a thousand nines to find 80. A better
 # distance should need fewer. Chapter [9](09_verification.ipynb) counts how many drawings it takes to **enrol** a class with a
 # learned one.
@@ -373,7 +373,7 @@ assert nines_found[len(nines)] > 80
 # %% [markdown]
 # ## What a good distance would look like
 #
-# Take 2 000 images and measure all pairs. If the distance were good, pairs of one digit would sit left and pairs of two digits
+# Take 2 000 images and measure all pairs. If the distance were good, pairs of one digit would sit left and pairs of two digits
 # right, with a gap between. Each heap below has area one, though pairs of two digits are nine times as many.
 
 # %% alt="Two histograms of pixel distances over all pairs of 2 000 digits. Pairs of the same digit peak near 30, pairs of different digits near 33; most of the two areas overlap. Only below 20 there is hardly a pair of different digits."
@@ -407,7 +407,7 @@ assert 0.7 < order < 0.78
 
 # %% [markdown]
 # Three times out of four. kNN does better than that because it looks only at the left end: below a distance of 20 there are
-# 8 % of the same pairs and 0.1 % of the others, and in the large gallery 96 % of the queries have such a neighbour.
+# 8 % of the same pairs and 0.1 % of the others, and in the large gallery 96 % of the queries have such a neighbour.
 #
 # Metric learning will move each image to a point, its **embedding**, so that plain Euclidean distance between the points does
 # what we mean. Chapter [5](05_visualization.ipynb) draws such histograms again, after training.
@@ -438,7 +438,7 @@ assert abs(test_mean) > 1e-3
 #
 # The test set answers one question: how well does this do on images that had no part in making it? Each choice made by looking
 # at it spoils the answer a little. So choices, such as k, are made on **validation** images, cut from the training set: here
-# 5 000, which ask the other 55 000. All k use the same sorted neighbours, so one `Search`, the part of `KNNClassifier` that
+# 5 000, which ask the other 55 000. All k use the same sorted neighbours, so one `Search`, the part of `KNNClassifier` that
 # sorts, does for all.
 
 # %%
@@ -489,7 +489,7 @@ ax.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# k = 3 leads, and against k = 10 it wins 54 : 18, which a fair coin does three times in 100 000. 1 and 5 beat 10 as well, and 1
+# k = 3 leads, and against k = 10 it wins 54 : 18, which a fair coin does three times in 100 000. 1 and 5 beat 10 as well, and 1
 # cannot be told from 3 (31 : 37). Who wants the best pixel classifier takes 3, and only *then* asks the test set, once.
 
 # %%
@@ -500,7 +500,7 @@ assert 0.965 < chosen < 0.975
 
 # %% [markdown]
 # Why then does this book use k = 10? Not because it is best: one k, the same wherever no other is named, makes the numbers of
-# chapters and distances comparable. For pixels it costs 0.4 points, so 97.05 % is the number that a learned distance has to beat.
+# chapters and distances comparable. For pixels it costs 0.4 points, so 97.05 % is the number that a learned distance has to beat.
 
 # %% [markdown]
 # ## Balanced batches
@@ -558,7 +558,7 @@ for size in (64, 512):
 assert alone / (20 * size) > 0.5
 
 # %% [markdown]
-# In a batch of 64, 95 % of the drawings have no positive, and 56 % even in one of 512. They can still serve as what others
+# In a batch of 64, 95 % of the drawings have no positive, and 56 % even in one of 512. They can still serve as what others
 # should be far from, but nothing tells them what to be near to. In balanced batches each has its positives.
 
 # %% [markdown]
@@ -578,7 +578,7 @@ for k, clean in {1: by_nearest, 10: accuracies[0]}.items():
     assert (leaked == 1) == (k == 1)
 
 # %% [markdown]
-# At k = 1 it does, because 100 % on real data is a warning. At k = 10 the query is one voter among ten, and the leak looks like an
+# At k = 1 it does, because 100 % on real data is a warning. At k = 10 the query is one voter among ten, and the leak looks like an
 # honest 1.5 points of progress. So do not wait for a symptom: check the data. A set of the raw bytes finds every exact copy.
 
 # %%
@@ -624,8 +624,8 @@ assert binomtest(blur_wins[0], blur_wins[0] + blur_losses[0]).pvalue > 0.05
 # %% [markdown]
 # <details><summary>Answer 1</summary>
 #
-# Much more forgiving: 84 % against 66 % at two pixels. Blurring mends 212 queries and spoils 36, because strokes that lie side
-# by side overlap once they are wide. Unshifted, it mends 21 and spoils 23: 1 000 queries show no difference, which is not to
+# Much more forgiving: 84 % against 66 % at two pixels. Blurring mends 212 queries and spoils 36, because strokes that lie side
+# by side overlap once they are wide. Unshifted, it mends 21 and spoils 23: 1 000 queries show no difference, which is not to
 # say that there is none. Pooling, in chapter 3, works in a similar way.
 #
 # </details>
@@ -739,7 +739,7 @@ assert abs(counted[35] - expected_alone(35)) < 0.08
 # </details>
 
 # %% [markdown]
-# **4.** On the same 5 000 images k = 10 has the interval 96.2 % to 97.2 %, k = 3 the interval 97.0 % to 97.9 %. What follows?
+# **4.** On the same 5 000 images k = 10 has the interval 96.2 % to 97.2 %, k = 3 the interval 97.0 % to 97.9 %. What follows?
 #
 # a) they overlap, so there is no difference · b) k = 3 is better, as its number is larger · c) nothing yet: count the images on
 # which they disagree
@@ -753,9 +753,9 @@ assert abs(counted[35] - expected_alone(35)) < 0.08
 # </details>
 
 # %% [markdown]
-# **5.** A colleague reports 96.9 % with k = 10: "Not 100 %, so no test image was in the gallery." Is that right?
+# **5.** A colleague reports 96.9 % with k = 10: "Not 100 %, so no test image was in the gallery." Is that right?
 #
-# a) yes, a leak gives 100 % · b) yes, if the test set is large · c) no
+# a) yes, a leak gives 100 % · b) yes, if the test set is large · c) no
 #
 # <details><summary>Answer</summary>
 #

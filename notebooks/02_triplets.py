@@ -575,7 +575,7 @@ plt.show()
 
 # %% [markdown]
 # So the mean over active triplets works like a learning rate that grows while triplets get solved. A larger rate helps the mean
-# over all, too: the first descent, at a rate of 20, left 0.5 % active. What keeps pulling can also overshoot: exercise 4.
+# over all, too: the first descent, at a rate of 20, left 0.5 % active. What keeps pulling can also overshoot: exercise 4.
 
 # %% [markdown]
 # ## Which triplets to look at
@@ -749,7 +749,7 @@ assert all(r < s < h for r, s, h in zip(*list(share.values())[1:], strict=True))
 
 # %% [markdown]
 # Random triplets are like the batch, and in the end nearly all easy. The hardest stay active nearly all along. Semi-hard
-# mining lies between: its easy picks grow from 15 to 58 %.
+# mining lies between: its easy picks grow from 15 to 58 %.
 #
 # Then why not always take the hardest? Compare how strongly the active picks pull, 2 ‖p − a‖, and push, 2 ‖n − a‖, at the
 # start, and what the loss would be if all points fell on one spot: the margin, 0.2, whatever the way.
@@ -812,9 +812,9 @@ assert touched["semi-hard"][1] < 0.35 < 0.5 < min(touched["batch-hard"][1], touc
 assert max(touched[way][2] for way in ("batch-hard", "batch-all", "semi-hard")) < 0.15
 
 # %% [markdown]
-# One label in a hundred is wrong, and at the start it is in 23 % of what batch-hard looks at, against 6 % with batch-all.
-# After steps by the right labels, when the right triplets are solved, they are in most of what is left for both, 59 and 76 %,
-# but in 24 % of the active picks of semi-hard mining, which passes over negatives that are too near. Points that may move
+# One label in a hundred is wrong, and at the start it is in 23 % of what batch-hard looks at, against 6 % with batch-all.
+# After steps by the right labels, when the right triplets are solved, they are in most of what is left for both, 59 and 76 %,
+# but in 24 % of the active picks of semi-hard mining, which passes over negatives that are too near. Points that may move
 # freely obey wrong labels as well as right ones: after steps by those, no way has them in more than a tenth of its picks. So
 # wrong labels draw batch-hard's eye *early*, before they are learnt by heart.
 #
@@ -1075,7 +1075,7 @@ plt.show()
 
 # %% [markdown]
 # With both axes logarithmic, a power of n is a straight line and its steepness is the exponent, as the memory shows. The lines
-# part more and more. On the machine that made this page, the sorted way at 1 024 images is done sooner than the brute force at
+# part more and more. On the machine that made this page, the sorted way at 1 024 images is done sooner than the brute force at
 # 256, with sixty times as many triplets. At 512, the batch of chapter 4, it takes about a hundredth of a second.
 
 # %% [markdown]
@@ -1198,7 +1198,7 @@ assert (class_pairs[2], class_pairs[256]) == (1, 32_640)
 # <details><summary>Answer 2</summary>
 #
 # Two classes give most, 33 million, about n³ / 4; 256 classes give 0.26 million. But all those of two classes are about one
-# pair of classes, where 256 classes make 32 640 pairs. The number of triplets alone does not say which batch teaches more.
+# pair of classes, where 256 classes make 32 640 pairs. The number of triplets alone does not say which batch teaches more.
 #
 # </details>
 
@@ -1249,7 +1249,7 @@ assert describe_triplets(falling, many_classes, MARGIN).active < 1e-5
 # <details><summary>Answer 4</summary>
 #
 # After 31 steps only a handful of the twelve million are active. Each of them now has a large share of the mean, at the start
-# it had one part in three million, so its points leap past their place, and break triplets that were solved: at the end 0.4 %
+# it had one part in three million, so its points leap past their place, and break triplets that were solved: at the end 0.4 %
 # are active, and the last step is more than two thousand times as long as the first. A rate that falls to zero on the way avoids it:
 # after 60 steps none is active. Chapter 4 trains with such a rate.
 #
@@ -1298,7 +1298,7 @@ assert mirrored.sum() == row_losses.sum() == 17
 
 # %% [markdown]
 # **2.** In training, the mean loss over active triplets stays at 0.2 for a hundred steps, while the active fraction falls from
-# 20 % to 1 %. What is going on?
+# 20 % to 1 %. What is going on?
 #
 # a) learning has stopped · b) triplets are being solved; the mean is over those left · c) all points have collapsed onto one
 #

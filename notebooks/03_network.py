@@ -65,7 +65,7 @@ gallery, gallery_labels = images[:2000], labels[:2000]
 queries, query_labels = images[2000:3000], labels[2000:3000]
 
 # %% [markdown]
-# 2 000 images to search in, the **gallery**, and 1 000 others to search with, the **queries**, are enough here. All are training
+# 2 000 images to search in, the **gallery**, and 1 000 others to search with, the **queries**, are enough here. All are training
 # images: some comparisons below guide a choice, and choices are not made on the test set.
 #
 # ## A function instead of a ruler
@@ -401,9 +401,9 @@ assert network(wide).shape == network(queries[:1]).shape
 
 # %% [markdown]
 # A convolution from *c* to *d* maps with *k* × *k* kernels has *c d k²* weights, and uses each once at every place of its output.
-# The third one: 64 · 96 · 9 = 55 296 weights at 12 × 12 places (it pools afterwards), almost eight million multiply-adds. The linear
+# The third one: 64 · 96 · 9 = 55 296 weights at 12 × 12 places (it pools afterwards), almost eight million multiply-adds. The linear
 # layer uses each weight once. Pooling, normalisation and ReLU are left out: they take a few operations a number, and all five
-# normalisations together have 1 152 weights.
+# normalisations together have 1 152 weights.
 
 # %% alt="Two bar charts over the six layers with weights. Weights: conv 4 and conv 5 have 27 and 53 percent. Multiply-adds: conv 3 alone has 53 percent, conv 1 only 3 percent and the linear layer next to none."
 costly = [row for row in inside if row[3] > 0]
@@ -431,7 +431,7 @@ assert shares["multiply-adds"].iloc[2] > 0.5
 # %% [markdown]
 # The last two convolutions hold four fifths of the weights, since they join many maps with many, but they use each weight at only
 # 16 and 4 places. The third does half of the work, as its maps are many *and* still large; the first, with a single input map, does
-# 3 %. So a network with fewer maps late is smaller, and one that pools before its third convolution has less to do.
+# 3 %. So a network with fewer maps late is smaller, and one that pools before its third convolution has less to do.
 
 # %% [markdown]
 # ## Batch normalisation, in and out of training
@@ -459,7 +459,7 @@ print(f"after one batch: running mean {float(layer.running_mean):.1f} of {float(
 
 # %% [markdown]
 # In evaluation mode (`eval()`) the layer uses the running averages and leaves them as they are. They take a while to reach the data,
-# whose mean we have set to 100 and whose variance to 2 500: after *n* batches, 0.9ⁿ of the beginning is still in them, 4 % after 30.
+# whose mean we have set to 100 and whose variance to 2 500: after *n* batches, 0.9ⁿ of the beginning is still in them, 4 % after 30.
 
 # %% alt="Running mean over fifty batches: the line climbs from 10 after the first batch to 96 after thirty and 100 at the end, where the dots, the means of single batches, have been all the time."
 followed = [(float(mean), float(layer.running_mean), float(layer.running_var))]
@@ -593,7 +593,7 @@ assert active[6] < 0.35 < 0.99 < active[2]
 assert hard < active[-1] < hard + 0.01
 
 # %% [markdown]
-# As short as they come out, all triplets are active; thirty times longer, only 23 % are, although nothing has been learned. On the
+# As short as they come out, all triplets are active; thirty times longer, only 23 % are, although nothing has been learned. On the
 # sphere no distance exceeds two, and only directions can change: the margin has one meaning.
 #
 # The second reason: the sphere ties distance to angle. For points of length one, the squared distance is 2 − 2 cos of the angle
@@ -913,7 +913,7 @@ for name in ("768 features", "64 numbers"):
 assert all(p > 0.05 for _, _, p in fitted_splits["directions"])
 
 # %% [markdown]
-# Fitted to the data, the 64 numbers fall to between 74 and 79 %, far behind pixels, and the 768 features to between 81 and 87 %.
+# Fitted to the data, the 64 numbers fall to between 74 and 79 %, far behind pixels, and the 768 features to between 81 and 87 %.
 # Part of that is length: compared by their *direction*, fresh and fitted alike, the features
 # lose so little that paired counts are not sure of it. The 64 numbers are compared by direction already; what they lose more,
 # their random mix loses. "Random weights are good" holds only before the statistics fit; training, which runs in training mode,
@@ -992,8 +992,8 @@ assert abs(spread["mean"][dense, "in place"] - spread["mean"][dense, "shuffled"]
 
 # %% [markdown]
 # Bars are means over three networks, the black lines their range. So the knowledge is in the architecture: its assumption broken, the
-# convolutional network falls from 88 to 74 %, behind both others.
-# (For a fully connected network, shuffling is one more random draw of weights: 83 and 85 %.) The assumption is about images and not
+# convolutional network falls from 88 to 74 %, behind both others.
+# (For a fully connected network, shuffling is one more random draw of weights: 83 and 85 %.) The assumption is about images and not
 # about digits; chapter [8](08_image_retrieval.ipynb) uses convolutions on quite other pictures.
 #
 # ## What is missing
@@ -1019,7 +1019,7 @@ assert max(by_digit[3], by_digit[4], by_digit[8]) < 0.85 < 0.9 < by_digit[1]
 
 # %% [markdown]
 # The one finds ones only, the eight all but one of its kind; the three finds five zeros, the four four nines. This eight was lucky:
-# over all queries, 98 % of what ones find are ones, but only 64 to 70 % of what eights, threes, fours and fives find is right, and
+# over all queries, 98 % of what ones find are ones, but only 64 to 70 % of what eights, threes, fours and fives find is right, and
 # nearly a quarter of what fours find are nines.
 #
 # And this is half of the gallery, in the two directions along which its embeddings vary most, and the squared distances of all its
@@ -1065,8 +1065,8 @@ assert crowding["statistics fitted"].negative_distance > 0.9
 assert crowding["statistics fitted"].hard > crowding["fresh"].hard
 
 # %% [markdown]
-# Fitting the statistics alone spreads different digits from 0.23 to 1.27 and lowers the active fraction from 94 to 52 %, and yet
-# the order is *worse*: more triplets are hard, 28 instead of 23 %. So a wider spread is no progress by itself. What training must
+# Fitting the statistics alone spreads different digits from 0.23 to 1.27 and lowers the active fraction from 94 to 52 %, and yet
+# the order is *worse*: more triplets are hard, 28 instead of 23 %. So a wider spread is no progress by itself. What training must
 # add is order.
 
 # %% [markdown]
@@ -1115,7 +1115,7 @@ ax.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# Alone, a query is right in 49 % of cases; from 16 on in mixed company, accuracy is within two points of evaluation mode, and so
+# Alone, a query is right in 49 % of cases; from 16 on in mixed company, accuracy is within two points of evaluation mode, and so
 # the slip goes unnoticed until somebody asks a single question. Sorted by digit, it shows at once: 64 queries of mostly two digits,
 # normalised by themselves, lose what makes them this digit, namely how they differ from the others.
 #
@@ -1217,7 +1217,7 @@ assert abs(mixed[512] - mixed[64]) < 0.08
 # %% [markdown]
 # <details><summary>Answer 3</summary>
 #
-# Two numbers are right for 16 % of the queries, 8 for 52 %, 64 for 89 % and 512 for 92 %, as many as the 768 features themselves. A
+# Two numbers are right for 16 % of the queries, 8 for 52 %, 64 for 89 % and 512 for 92 %, as many as the 768 features themselves. A
 # random mix (*random projection*) keeps distances roughly, the better the more numbers it has. From 2 to 64 each step gains much;
 # from 64 to 512 it is three points (60 : 29 in paired counts), for an embedding eight times as long. Which 64 numbers are worth
 # more than a random mix is for training to find.
@@ -1257,7 +1257,7 @@ torch.testing.assert_close(among, torch.full((90,), 20 / 9))
 # %% [markdown]
 # **1.** A convolution takes 64 maps and gives 96, with 3 × 3 kernels and no constant. How many weights make *one* of the 96 maps?
 #
-# a) 9 · b) 576 · c) 55 296
+# a) 9 · b) 576 · c) 55 296
 #
 # <details><summary>Answer</summary>
 #
@@ -1309,7 +1309,7 @@ torch.testing.assert_close(among, torch.full((90,), 20 / 9))
 # </details>
 
 # %% [markdown]
-# **5.** A network without the last `normalize` is trained with a triplet loss. The active fraction falls from 57 to 23 %, and no
+# **5.** A network without the last `normalize` is trained with a triplet loss. The active fraction falls from 57 to 23 %, and no
 # query's neighbours have changed. What happened?
 #
 # a) it has learned · b) the embeddings have become longer · c) the margin has grown

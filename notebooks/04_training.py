@@ -15,7 +15,7 @@
 # ---
 
 # %% [markdown]
-# # 4 · Training: two epochs to 99.5 %
+# # 4 · Training: two epochs to 99.5 %
 #
 # Data, a loss over all triplets, a network: everything is in place. This chapter trains on all of MNIST, on the CPU, in
 # about one and a half minutes; reads the curves; says how to choose the settings; and breaks the training on purpose, to find out what repairs it.
@@ -193,7 +193,7 @@ assert last["loss"] > 0.3 * first["loss"]
 assert last["negative_distance"] - last["positive_distance"] > 5 * 0.2
 
 # %% [markdown]
-# The loss ends at 0.19, more than two thirds of where it began; the active fraction falls from 60 % to 0.3 %. Two images of one
+# The loss ends at 0.19, more than two thirds of where it began; the active fraction falls from 60 % to 0.3 %. Two images of one
 # digit are now 0.09 apart on average, two of different digits 1.4, both squared: a gap of six times the margin of 0.2. (On a
 # sphere of radius one, 2 is a right angle.) The loss asks for the margin in *every* triplet, and the worst of them are far from
 # the average.
@@ -213,13 +213,13 @@ print("network:", accuracy)
 assert accuracy > 0.994 > 0.975 > by_pixels
 
 # %% [markdown]
-# So 46 errors in 10 000 instead of pixels' 335 (an untrained network is no better than pixels, as the end of this chapter
-# shows). Hoffer and Ailon report 99.54 % for their triplet network, but with a *linear classifier* on its embeddings: the
+# So 46 errors in 10 000 instead of pixels' 335 (an untrained network is no better than pixels, as the end of this chapter
+# shows). Hoffer and Ailon report 99.54 % for their triplet network, but with a *linear classifier* on its embeddings: the
 # measures differ, and chapter [7](07_the_paper.ipynb) compares like with like.
 #
 # An accuracy is an estimate, and two sorts of chance are in it. The *interval* says how far the accuracy on all such digits may
-# be from that on these 10 000. The other chance is the *seed*: over seeds 0 to 4, `python tests/benchmarks/accuracy.py`
-# measured a mean of 99.57 % with a standard deviation of 0.05 points. Two networks tested on the same images are compared by
+# be from that on these 10 000. The other chance is the *seed*: over seeds 0 to 4, `python tests/benchmarks/accuracy.py`
+# measured a mean of 99.57 % with a standard deviation of 0.05 points. Two networks tested on the same images are compared by
 # the images that only one of them gets right, not by whether their intervals overlap.
 
 # %% [markdown]
@@ -227,15 +227,15 @@ assert accuracy > 0.994 > 0.975 > by_pixels
 #
 # Margin 0.2, rate 0.004, batches of 512: where from? From trying, on images that are *not* the test set. Train on some of the
 # training images, measure on others (**validation**, chapter 1), and change two settings at a time over a coarse **grid**,
-# because the best value of one may depend on the other. Here is the kNN error on 5 000 images held back, after one epoch on
-# 10 000 others, with each of two seeds. `python tests/benchmarks/settings.py` printed it (about ten minutes on one core, too
-# long for this page). Pixels have 6.8 % there, untrained networks 7.3 and 8.1 %.
+# because the best value of one may depend on the other. Here is the kNN error on 5 000 images held back, after one epoch on
+# 10 000 others, with each of two seeds. `python tests/benchmarks/settings.py` printed it (about ten minutes on one core, too
+# long for this page). Pixels have 6.8 % there, untrained networks 7.3 and 8.1 %.
 #
 # | margin (squared distance) | rate 0.001 | rate 0.004 | rate 0.016 |
 # | --- | --- | --- | --- |
-# | 0.05 | 3.4, 3.7 % | 2.4, 2.4 % | 2.1, 2.3 % |
-# | 0.2 | 3.1, 3.7 % | 1.5, 1.5 % | 1.6, 1.5 % |
-# | 0.8 | 4.2, 5.2 % | 1.6, 1.5 % | 1.5, 1.7 % |
+# | 0.05 | 3.4, 3.7 % | 2.4, 2.4 % | 2.1, 2.3 % |
+# | 0.2 | 3.1, 3.7 % | 1.5, 1.5 % | 1.6, 1.5 % |
+# | 0.8 | 4.2, 5.2 % | 1.6, 1.5 % | 1.5, 1.7 % |
 #
 # **Rate first.** It decides most: in 20 steps 0.001 gets only part of the way. From 0.004 to 0.016 it hardly matters. **Then
 # the margin**, in a geometric series, since it is a matter of scale: 0.2 and 0.8 cannot be told apart, 0.05 is worse at these
@@ -249,20 +249,20 @@ assert accuracy > 0.994 > 0.975 > by_pixels
 #
 # | images in a batch | steps | P = 2 | P = 5 | P = 10 |
 # | --- | --- | --- | --- | --- |
-# | 64 | 156 to 166 | 3.4, 1.7 % | 1.3, 1.1 % | 1.2, 1.1 % |
-# | 512 | 19 | 6.5, 8.3 % | 2.1, 2.0 % | 1.8, 1.2 % |
+# | 64 | 156 to 166 | 3.4, 1.7 % | 1.3, 1.1 % | 1.2, 1.1 % |
+# | 512 | 19 | 6.5, 8.3 % | 2.1, 2.0 % | 1.8, 1.2 % |
 #
 # **Many classes.** With two classes a batch has most triplets (chapter 2, exercise 2), yet each step learns about one pair of
 # digits, and 19 such steps leave the network where it was untrained. With thousands of classes a batch cannot hold all; then K
 # is kept small, at least 2 and often 4, so that P can be large.
 #
 # **The batch** trades triplets in a step for steps in an epoch. Here, with few images, steps win. Whether they still do in two
-# epochs of 60 000 this table cannot tell. Batches of 512 make 236 steps of that, enough for 99.5 %.
+# epochs of 60 000 this table cannot tell. Batches of 512 make 236 steps of that, enough for 99.5 %.
 # %% [markdown]
 # ## One image at a time
 #
 # In use, images come one by one. Does a network that was trained on batches of 512, with batch statistics inside, give the
-# same answer then? In evaluation mode it must, since each row is computed for itself. Test all 10 000 images at batch size 1.
+# same answer then? In evaluation mode it must, since each row is computed for itself. Test all 10 000 images at batch size 1.
 
 # %% tags=["nbval-ignore-output"]
 start = time.perf_counter()
@@ -343,7 +343,7 @@ print("same weights as without a break:", len(whole), "tensors")
 # ## When it goes wrong: collapse
 #
 # "Learn from the hardest": for each anchor take only its farthest positive and nearest negative (**batch-hard**, chapter 2). It
-# sounds efficient. Train so for one epoch of 10 000 images, and beside it the same with all triplets.
+# sounds efficient. Train so for one epoch of 10 000 images, and beside it the same with all triplets.
 
 # %%
 subset, subset_labels = images[:10_000], labels[:10_000]
@@ -441,7 +441,7 @@ assert pushes[True] < 0.01 < 0.1 < pushes[False]
 # more collapses with the square. Their margin is *soft*: log(1 + exp(x)) with x = d(a, p) − d(a, n) instead of max(0, x + m),
 # which never stops pulling. Their learning rate is low. And their batches are P × K with K = 4.
 #
-# Try each on the same 10 000 images for one epoch, first one change at a time (the soft margin on top of the plain distance, as
+# Try each on the same 10 000 images for one epoch, first one change at a time (the soft margin on top of the plain distance, as
 # there), then all of them but the rate. Batches of 10 × 4 make 250 steps of an epoch, not 20, so batch-all gets the same
 # batches as well.
 
@@ -524,8 +524,8 @@ plt.show()
 # %% [markdown]
 # From random weights and at the full rate, batch-hard in batches of 512 ends on a spot, whatever the distance or the margin, and
 # its loss ends above the margin (above log 2 = 0.69 for the soft one). A tenth of the rate only slows the fall: the spread is 0.26
-# when the rate has run out, every triplet is active, and the error of 11 % is the worst of all. *Not squared* it learns on the spot
-# nevertheless: 4.5 % after these 20 steps and 1.1 % after 100, at a spread of 0.02; the squared one then has 5.2 % (`settings.py`
+# when the rate has run out, every triplet is active, and the error of 11 % is the worst of all. *Not squared* it learns on the spot
+# nevertheless: 4.5 % after these 20 steps and 1.1 % after 100, at a spread of 0.02; the squared one then has 5.2 % (`settings.py`
 # prints both). The order becomes right among near neighbours, which is all that kNN asks; between the farthest positive and the
 # nearest negative it does not, and the loss stays above the margin.
 #
@@ -538,14 +538,14 @@ plt.show()
 # the small batches were on their way out by then.
 
 # %% [markdown]
-# And the comparison? In batches of 10 × 4, with the distance not squared and a soft margin, batch-hard has 1.2 % errors, and
+# And the comparison? In batches of 10 × 4, with the distance not squared and a soft margin, batch-hard has 1.2 % errors, and
 # so has batch-all on the same batches; images that only one of the two gets right are 23 for batch-all and 26 for batch-hard,
 # which decides nothing (p = 0.8). So, with its inventors' batches, batch-hard works. Here it was not better than batch-all, and
 # it needed those batches, where batch-all worked in either. That is one data set, one seed and one short epoch. On people's
 # photographs, with many classes and few images of each, Hermans and others found batch-hard the better one.
 #
-# Mind how a collapse hides: 7.4 % errors look like a network that has learnt something. But the untrained one has 7.3 % and
-# pixels 6.8 %, and from neither can it be told apart (190 : 198 and 159 : 193). The tiny differences left on the spot are
+# Mind how a collapse hides: 7.4 % errors look like a network that has learnt something. But the untrained one has 7.3 % and
+# pixels 6.8 %, and from neither can it be told apart (190 : 198 and 159 : 193). The tiny differences left on the spot are
 # enough for kNN, which does not mind scale. Spread and active fraction tell that a space has collapsed; whether something was
 # learnt all the same, as without the square, only the baselines tell.
 
@@ -556,7 +556,7 @@ plt.show()
 
 # %% [markdown]
 # **1.** The collapse began at random weights. Take the network of this chapter, trained with all triplets, and go on with
-# batch-hard as it was when it collapsed: squared, batches of 512, full learning rate, one epoch of the 10 000. Does it
+# batch-hard as it was when it collapsed: squared, batches of 512, full learning rate, one epoch of the 10 000. Does it
 # collapse? Why, or why not?
 
 # %%
@@ -587,7 +587,7 @@ assert warm_history["loss"][0] < 0.2
 # %% [markdown]
 # **2.** Any loss that takes (embeddings, labels) can be trained. Write one: cross-entropy over minus ten times the squared
 # distances to the other images of the batch, where every image of the same class counts as right (*neighbourhood components
-# analysis*, NCA, Goldberger et al. 2004). Train it on the 10 000 images. Is it better than all triplets?
+# analysis*, NCA, Goldberger et al. 2004). Train it on the 10 000 images. Is it better than all triplets?
 
 # %%
 # Your attempt
@@ -613,7 +613,7 @@ assert float(wrong["nca"].float().mean()) < 0.02
 # %% [markdown]
 # <details><summary>Answer 2</summary>
 #
-# It cannot be told apart from batch-all here: 1.8 % errors against 1.5 %, 43 images wrong with NCA alone and 30 with batch-all
+# It cannot be told apart from batch-all here: 1.8 % errors against 1.5 %, 43 images wrong with NCA alone and 30 with batch-all
 # alone, which a fair coin exceeds in one case of six (p = 0.16). Other seeds and a chosen factor instead of ten may turn it
 # either way.
 #
@@ -641,9 +641,9 @@ assert 64 < counts[512] / counts[64] < 70
 # %% [markdown]
 # <details><summary>Answer 3</summary>
 #
-# 21 million in batches of 64 and 1 407 million in batches of 512, 67 times as many: eight times fewer batches, and each with
+# 21 million in batches of 64 and 1 407 million in batches of 512, 67 times as many: eight times fewer batches, and each with
 # about 8³ as many triplets. But smaller batches make more *steps*: above, 250 steps of 40 images did no worse than 20 steps of 512
-# (1.2 % against 1.5 %, which only 45 : 30 images decide). More triplets make each step more exact; they do not make more of them.
+# (1.2 % against 1.5 %, which only 45 : 30 images decide). More triplets make each step more exact; they do not make more of them.
 #
 # </details>
 
@@ -653,7 +653,7 @@ assert 64 < counts[512] / counts[64] < 70
 # Five questions. Decide before you unfold the answer.
 
 # %% [markdown]
-# **1.** The mean loss over active triplets stays at 0.2, the margin; the active fraction is 0.5 %. What is going on?
+# **1.** The mean loss over active triplets stays at 0.2, the margin; the active fraction is 0.5 %. What is going on?
 #
 # a) a collapse · b) training goes well · c) learning has stopped, the rate is too low
 #
@@ -665,7 +665,7 @@ assert 64 < counts[512] / counts[64] < 70
 # </details>
 
 # %% [markdown]
-# **2.** Two networks have 99.54 % and 99.48 % on the same 10 000 test images, and their intervals overlap. Which is better?
+# **2.** Two networks have 99.54 % and 99.48 % on the same 10 000 test images, and their intervals overlap. Which is better?
 #
 # a) they are equal, since the intervals overlap · b) the first, 99.54 is more than 99.48 · c) not known: count the images that
 # only one gets right, and train with more seeds
@@ -712,7 +712,7 @@ assert 64 < counts[512] / counts[64] < 70
 #
 # <details><summary>Answer</summary>
 #
-# **c.** 571 392 of 622 496 weights, in four kernels. *b*: the first convolution sees pixels and is left to AdamW. *a*: so are
+# **c.** 571 392 of 622 496 weights, in four kernels. *b*: the first convolution sees pixels and is left to AdamW. *a*: so are
 # the scales and offsets of batch normalisation, which are no matrices, and the last linear layer.
 #
 # </details>
@@ -724,7 +724,7 @@ assert 64 < counts[512] / counts[64] < 70
 # - Read the loss beside the active fraction: the mean over unsolved triplets hardly falls.
 # - Choose settings on images held back, two at a time: the rate first, then the margin; many classes in a batch.
 # - Everything active, no spread, the loss at the margin: collapse. Batches with few images of a class, or all triplets, prevent it.
-# - Two epochs on a CPU give more than 99.4 % on the test set, one image at a time as in batches; report interval, seeds and baselines.
+# - Two epochs on a CPU give more than 99.4 % on the test set, one image at a time as in batches; report interval, seeds and baselines.
 #
 # **Next:** [5 · Visualization](05_visualization.ipynb) looks at what the network has learnt.
 #

@@ -78,8 +78,8 @@ test_images, test_labels = load_mnist("test")
 # ## The network of chapter 4, and one that has learnt nothing
 #
 # The call is the one of chapter 4. If that chapter has run on this machine, the network comes from the cache at once; otherwise
-# it is trained now, in about one and a half minutes. The *gallery* is the embeddings of all 60 000 training images, the *queries* those of
-# the 10 000 test images, which the network has never seen.
+# it is trained now, in about one and a half minutes. The *gallery* is the embeddings of all 60 000 training images, the *queries* those of
+# the 10 000 test images, which the network has never seen.
 
 # %% tags=["nbval-ignore-output"]
 network, history = load_or_fit(EmbeddingNet, images, labels, seed=0)
@@ -95,7 +95,7 @@ assert (answers == test_labels).float().mean() > 0.99
 # %% [markdown]
 # A picture of the trained network says little without that of an *untrained* one. Fresh from its constructor, that is no fair
 # rival: its batch normalisation layers ([chapter 3](03_network.ipynb)) hold running means of 0 and variances of 1, which fit no
-# data. So let a copy look at 1 000 images in training mode, without gradients. No weight moves; only the averages fill
+# data. So let a copy look at 1 000 images in training mode, without gradients. No weight moves; only the averages fill
 # (**recalibrating** the batch statistics).
 
 
@@ -131,8 +131,8 @@ for weight, copied in zip(as_built.parameters(), untrained.parameters(), strict=
 # %% [markdown]
 # The embeddings now lie more than twice as far from their mean, 0.79 instead of 0.34, though nothing was learnt. Whoever
 # compares a trained network with one *as built* takes this for learning. From here on, *untrained* means refreshed. In *order* it
-# is the weaker rival, as chapter 3 found: on 2 000 test images the network as built has 23 % of the comparisons below in the wrong
-# order and an R-precision of 41 %, the refreshed one 31 and 30 %. Training, too, starts from the refreshed one; neither comes near
+# is the weaker rival, as chapter 3 found: on 2 000 test images the network as built has 23 % of the comparisons below in the wrong
+# order and an R-precision of 41 %, the refreshed one 31 and 30 %. Training, too, starts from the refreshed one; neither comes near
 # the trained.
 #
 # Nothing is chosen or tuned in this chapter, so we may look at the test images as long as we like. Whoever goes on to improve
@@ -141,7 +141,7 @@ for weight, copied in zip(as_built.parameters(), untrained.parameters(), strict=
 # %% [markdown]
 # ## All pairs, before and after
 #
-# Chapter [1](01_data.ipynb) measured all pairs among 2 000 images, and the heaps of same and different pairs overlapped widely.
+# Chapter [1](01_data.ipynb) measured all pairs among 2 000 images, and the heaps of same and different pairs overlapped widely.
 # Here is that histogram for test images: by pixels, by the untrained network, and by the trained one.
 
 # %% alt="Three histograms of distances over all pairs of 2 000 test images. By pixels and by the untrained network, pairs of one digit and of two digits overlap; by the trained network there are two heaps, at 0.2 and at 1.2, that hardly touch."
@@ -183,7 +183,7 @@ assert min(wrong[:2]) > 0.2
 assert wrong[2] < 0.01 * min(wrong[:2])
 
 # %% [markdown]
-# By pixels 28 % of the comparisons come out wrong, by the untrained network 31 %, by the trained one 0.01 %. So it is training
+# By pixels 28 % of the comparisons come out wrong, by the untrained network 31 %, by the trained one 0.01 %. So it is training
 # that parts the heaps: neither the architecture nor the batch statistics do.
 
 # %% [markdown]
@@ -204,7 +204,7 @@ torch.testing.assert_close(by_hand.abs(), by_library.abs(), atol=1e-4, rtol=0)
 print("12 × 64 numbers become", " × ".join(map(str, by_hand.shape)), "by hand and by the library")
 
 # %% [markdown]
-# They agree up to sign, since a direction and its opposite are equally wide. Now the projection of 1 000 test digits. The
+# They agree up to sign, since a direction and its opposite are equally wide. Now the projection of 1 000 test digits. The
 # components come from the *training* images, as all that is fitted should. On the right, how much of the variance the first so
 # many directions hold. Two helpers first: labels that hide each other are moved apart, and images can be drawn as points.
 
@@ -272,9 +272,9 @@ assert held["trained"][:2].sum() < 0.6
 
 # %% [markdown]
 # Why nine? The loss pulls each class towards one point, and ten points span nine directions, as three span a plane. It is
-# training that does it: nine directions hold 99 % of the variance here, but 48 % by pixels and 34 % by the untrained network.
+# training that does it: nine directions hold 99 % of the variance here, but 48 % by pixels and 34 % by the untrained network.
 #
-# This map keeps two directions of nine, and 39 % of the variance. So digits that overlap here may well be far apart. The
+# This map keeps two directions of nine, and 39 % of the variance. So digits that overlap here may well be far apart. The
 # reverse can't happen: dropping coordinates shortens distances and lengthens none, so what is far apart in a projection *is*
 # far apart.
 
@@ -314,7 +314,7 @@ assert agree[1] > 0.97
 assert agree[1] > agree[0] + 0.02
 
 # %% [markdown]
-# By embedding, 99 % of the points have one of their own digit beside them, by pixels 84 %. Three warnings belong to every such
+# By embedding, 99 % of the points have one of their own digit beside them, by pixels 84 %. Three warnings belong to every such
 # map:
 #
 # - **Sizes and gaps prove nothing.** Each point gets the room that it needs, and far is only *not near*: hence no ticks.
@@ -398,8 +398,8 @@ assert share_kept["t-SNE", 8] > 1.3 * share_kept["projection", 8]
 assert torn[doubtful].float().mean() > 5 * torn[~doubtful].float().mean()
 
 # %% [markdown]
-# t-SNE keeps the neighbourhood rather than the neighbours: 95 % of the lines end among the 30 nearest on the map (the perplexity is 30), but 60 % among the
-# 8 nearest, so the nearest dot is often not the nearest image. The projection keeps 83 and 34 %. A long line is a warning: 9 of the 12 images with another digit
+# t-SNE keeps the neighbourhood rather than the neighbours: 95 % of the lines end among the 30 nearest on the map (the perplexity is 30), but 60 % among the
+# 8 nearest, so the nearest dot is often not the nearest image. The projection keeps 83 and 34 %. A long line is a warning: 9 of the 12 images with another digit
 # among their neighbours have one, and 24 of the 688 others. Look for them where islands fray, and see whether you could tell
 # the digit yourself.
 
@@ -480,7 +480,7 @@ assert abs(gap_ratio(projection) - 5) < 0.5
 #
 # Both maps flatten 64 numbers afterwards. The third way is to ask the network for two numbers in the first place. They should
 # be free on the plane, not on a circle, so `normalize=False`; and the margin is one between distances, not squared. What do two
-# numbers cost? Beside it, a network with 64 numbers on the same budget: the same 12 000 images, one epoch, the same loss and
+# numbers cost? Beside it, a network with 64 numbers on the same budget: the same 12 000 images, one epoch, the same loss and
 # seed.
 
 # %%
@@ -563,7 +563,7 @@ assert plane_right.float().mean() > flattened_right.float().mean() + 0.02
 # %% [markdown]
 # ## How it unfolds
 #
-# What happens on the way? Train a fresh network for one epoch on 16 000 images and take a snapshot of 500 test embeddings at
+# What happens on the way? Train a fresh network for one epoch on 16 000 images and take a snapshot of 500 test embeddings at
 # chosen steps. `fit` calls the *callback* after each step. Before each snapshot a copy gets fresh batch statistics, so that
 # what moves between the pictures is due to the weights.
 
@@ -611,8 +611,8 @@ assert max(map(spread_of, snapshots.values())) < 1.2 * spread_of(snapshots[0])
 assert spread_of(not_refreshed[20]) > 1.5 * spread_of(not_refreshed[0])
 
 # %% [markdown]
-# What changes is the order. After ten steps, or 2 560 images, the share of pairs in the wrong order has gone from 30 % to 1 %;
-# after 63 it is 0.05 %.
+# What changes is the order. After ten steps, or 2 560 images, the share of pairs in the wrong order has gone from 30 % to 1 %;
+# after 63 it is 0.05 %.
 #
 # The cloud seems to grow, but that is the projection: it looks along directions in which the *trained* cloud is wide. In all 64
 # dimensions the spread starts at 0.81, shrinks to 0.67 and comes back to 0.76. Without fresh statistics it would go from 0.34
@@ -655,7 +655,7 @@ print(f"only the network is right: {network_only}, only pixels are right: {pixel
 assert network_only > 5 * pixels_only
 
 # %% [markdown]
-# How far does *near* reach? Each digit has about 6 000 training images. So go away from a query: to its nearest image, the
+# How far does *near* reach? Each digit has about 6 000 training images. So go away from a query: to its nearest image, the
 # tenth, the hundredth, and so on to the last. The first line above each column is the rank.
 
 # %% alt="Five queries and the training images at rank 1, 10, 100, 1000, 3000, 5000, 7000, 20000 and 60000. Up to rank 3000 all show the query's digit and are framed blue, and at rank 5000 too; from rank 7000 on they show other digits and are framed orange." tags=["nbval-ignore-output"]
@@ -683,11 +683,11 @@ assert is_own[:, 4999].float().mean() > 0.9
 assert is_own[:, 6999].float().mean() < 0.1
 
 # %% [markdown]
-# At rank 5 000 it is still the query's digit in these five rows, and for each of 100 random queries. By rank 7 000 the digit has
+# At rank 5 000 it is still the query's digit in these five rows, and for each of 100 random queries. By rank 7 000 the digit has
 # run out, but for one of 100, and images of other digits follow. That holds even for the two of the first row, which lies at the
-# rim of its cluster, farther out than 99 % of the twos. **R-precision** asks just that: among as many neighbours as a
-# class has members, how many belong to it? By hand for these 100, and by the library; then among 2 000 test images: 99 %,
-# against 40 % by pixels and 30 % by the untrained network.
+# rim of its cluster, farther out than 99 % of the twos. **R-precision** asks just that: among as many neighbours as a
+# class has members, how many belong to it? By hand for these 100, and by the library; then among 2 000 test images: 99 %,
+# against 40 % by pixels and 30 % by the untrained network.
 
 # %% tags=["nbval-ignore-output"]
 members = labels.bincount()[test_labels[draw_queries]]
@@ -706,7 +706,7 @@ assert precisions[2] > max(precisions[:2]) + 0.3
 # ## Ten prototypes
 #
 # If each digit is one tight island, then ten points should do to say where they are. A class's **prototype** is the mean of its
-# embeddings, brought back to the sphere. Forget the 60 000 training images and give each test image the label of the nearest of
+# embeddings, brought back to the sphere. Forget the 60 000 training images and give each test image the label of the nearest of
 # ten prototypes. The rival: the ten mean images, by pixels.
 
 # %% tags=["nbval-ignore-output"]
@@ -732,7 +732,7 @@ assert abs(ten_only - all_only) < 30
 assert (by_ghost == test_labels).float().mean() < 0.85
 
 # %% [markdown]
-# By pixels, to keep only the means costs 15 points. By embedding, 15 of 10 000 images change between right and wrong: 11 of
+# By pixels, to keep only the means costs 15 points. By embedding, 15 of 10 000 images change between right and wrong: 11 of
 # them only kNN gets right, 4 only the prototypes. That is too few to tell which is better (p = 0.12, a sign test); the ten
 # points cost less than 0.2 points.
 #
@@ -785,7 +785,7 @@ assert own.median() < smallest / 3
 # %% [markdown]
 # ## The hardest triplets
 #
-# A triplet is *hard* if its negative is nearer than its positive ([chapter 2](02_triplets.ipynb)). Among 2 000 test images
+# A triplet is *hard* if its negative is nearer than its positive ([chapter 2](02_triplets.ipynb)). Among 2 000 test images
 # there are more than 700 million triplets. By hand: for each anchor, sort the distances to all negatives and look up how many
 # lie below that of each positive. `mine_triplets` lists the hard ones; its anchors must occur as often.
 
@@ -837,7 +837,7 @@ assert shares_of_20[0] > 0.5 > 10 * shares_of_20[1]
 
 # %% [markdown]
 # Why so few? A digit that lies nearer to another digit's cluster than to its own is far from its own 200 or so and nearer to 200 of the other: 200 ×
-# 200, or 40 000 hard triplets, from one image. Here are the six worst by that count, each above the positive it is farthest
+# 200, or 40 000 hard triplets, from one image. Here are the six worst by that count, each above the positive it is farthest
 # from and the negative it is nearest to, with the distances.
 
 # %% alt="Six test digits that anchor the most hard triplets, each above its farthest positive and its nearest negative. The anchors are ambiguous shapes; their nearest negatives, of another digit, look much like them and are three to six times nearer than the positives." tags=["nbval-ignore-output"]
@@ -868,14 +868,14 @@ assert min(as_positive, as_negative) > 0.3
 
 # %% [markdown]
 # The number above an anchor says how many hard triplets it has. These images matter to others, too: one of the worst twenty is
-# the farthest positive of 67 % of all images, and the nearest negative of 81 %. With this network and these 2 000 images, a
+# the farthest positive of 67 % of all images, and the nearest negative of 81 %. With this network and these 2 000 images, a
 # loss that looks only at each anchor's farthest positive and nearest negative (*batch-hard*, chapter [2](02_triplets.ipynb))
 # would learn mostly from these twenty.
 
 # %% [markdown]
 # ## The errors that remain
 #
-# Of 10 000 test images, these are all that kNN gets wrong, each with its label and the answer. They are sorted by how much
+# Of 10 000 test images, these are all that kNN gets wrong, each with its label and the answer. They are sorted by how much
 # nearer the answer's prototype is than that of the label: the first ones lie nearer to their label's, then come the undecided, the last are clear.
 
 # %% alt="All test digits that kNN gets wrong, 46, each with its label and the answer, those nearer to their label's prototype first. Many are ambiguous, smeared or cut; some of the last look like the answer rather than the label." tags=["nbval-ignore-output"]
@@ -893,7 +893,7 @@ assert 20 < len(errors) < 100
 # %% [markdown]
 # The first four lie nearer to the prototype of their *label*: there prototypes are right and kNN is wrong. Cover the titles and
 # try it yourself. Some you will get right; on others you and the label will differ, too. Northcutt, Athalye and Mueller (2021)
-# found 15 images among these 10 000 whose label people think wrong. Where a few dozen errors remain, a test set begins to
+# found 15 images among these 10 000 whose label people think wrong. Where a few dozen errors remain, a test set begins to
 # measure its own labels.
 
 # %% [markdown]
@@ -1069,7 +1069,7 @@ print("changes of digit on the way:", changes.tolist())
 # %% [markdown]
 # Each path between two digits changes once, and no third digit comes between. The same image may come several times, as if
 # there were no other near. Is it so? Five paths prove nothing. So take 100 random pairs of two different digits and 100 pairs
-# of one digit, and measure at each step how far the nearest of 5 000 training images is; the same with the untrained network.
+# of one digit, and measure at each step how far the nearest of 5 000 training images is; the same with the untrained network.
 
 # %% tags=["nbval-ignore-output"]
 chance = torch.Generator().manual_seed(0)
@@ -1131,7 +1131,7 @@ plt.show()
 # Try each before you unfold its solution: click the bar or the three dots, and for the answer in words the triangle.
 #
 # **1.** How many principal components of the embeddings are needed to classify as well as with all 64? Try 1, 2, 3, 5, 9 and
-# 64, with the first 10 000 training images as gallery. Does the untrained network need as many?
+# 64, with the first 10 000 training images as gallery. Does the untrained network need as many?
 
 # %%
 # Your attempt
@@ -1158,7 +1158,7 @@ assert by_components["untrained", 9] < by_components["untrained", 64] - 0.05
 # <details><summary>Answer 1</summary>
 #
 # Nine, as the main text leads to expect; five lose little. With 1, 2, 3, 5, 9 and 64 components 66, 91, 98.5, 99.3, 99.4 and
-# 99.4 % of 2 000 test images are right. The untrained network, with 5 000 images as gallery, gets 57 % from nine and 74 % from all 64: its information is
+# 99.4 % of 2 000 test images are right. The untrained network, with 5 000 images as gallery, gets 57 % from nine and 74 % from all 64: its information is
 # spread over all directions, for nobody has gathered it.
 #
 # </details>
@@ -1194,8 +1194,8 @@ assert on_circle["usual"] < on_circle["the plane's"] < on_plane - 0.1
 # <details><summary>Answer 2</summary>
 #
 # There is room: neighbours of ten equal places are 36 degrees or a distance of 0.62 apart, 0.38 squared, and the margin is 0.2.
-# Free points find it: in 300 steps each class gathers at a place of its own. The network does not: its kNN accuracy is 47 %,
-# against 95 % on the plane. Part of that is the loss: with the plane's it gets 77 %, though a margin of 1 can't be kept between
+# Free points find it: in 300 steps each class gathers at a place of its own. The network does not: its kNN accuracy is 47 %,
+# against 95 % on the plane. Part of that is the loss: with the plane's it gets 77 %, though a margin of 1 can't be kept between
 # neighbours on the circle. So room is not what is missing, but a way there: free points move one by one, a network moves alike
 # images together. (That classes must pass through each other to change places is a guess that you may test: give the network a
 # third number.)
@@ -1297,7 +1297,7 @@ assert told_apart["pixels"] > 0.9
 # </details>
 
 # %% [markdown]
-# **5.** An image of 2 000 is the anchor of 40 000 hard triplets. What is the likeliest story?
+# **5.** An image of 2 000 is the anchor of 40 000 hard triplets. What is the likeliest story?
 #
 # a) It lies nearer to another digit's cluster than to its own · b) It is a very common shape · c) The margin is too small
 #

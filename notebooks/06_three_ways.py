@@ -390,7 +390,7 @@ assert push_shares["InfoNCE, τ = 0.1"][0] > 0.85 > push_shares["contrastive, m 
 assert push_shares["triplet, m = 0.2"][1] > push_shares["triplet, m = 0.2"][0]
 
 # %% [markdown]
-# At a low temperature InfoNCE works like batch-hard: 88 % of the push goes to the nearest negative. At a high one, all are
+# At a low temperature InfoNCE works like batch-hard: 88 % of the push goes to the nearest negative. At a high one, all are
 # pushed, also those far away. The margin of the others draws a line instead: beyond it nothing is pushed. The experiment keeps to
 # the two losses with a margin.
 
@@ -411,7 +411,7 @@ assert push_shares["triplet, m = 0.2"][1] > push_shares["triplet, m = 0.2"][0]
 # %% [markdown]
 # The rules:
 #
-# - **Equal for all:** 60 000 images, two epochs, batches of 512, `fit`'s optimisers, 64 numbers an embedding, no jitter, means
+# - **Equal for all:** 60 000 images, two epochs, batches of 512, `fit`'s optimisers, 64 numbers an embedding, no jitter, means
 #   over active terms, three seeds. A seed fixes initial weights and order of the images.
 # - **Equal for pairs and triplets:** the model, to its initial weights.
 # - **Two matrices:** one starts at random, one from the 64 principal components of the training images. Both are scaled to start
@@ -461,8 +461,8 @@ for model, make in MODELS.items():
 #
 # A margin of 1 in distance and one of 0.2 in squared distance are not the same thing, and a rate that suits one loss need not
 # suit the other. So each of the six gets its own, from a full grid of margins × rates. `python
-# tests/benchmarks/three_ways.py --settings` trains each candidate *at full length*, two epochs, on 50 000 training images, with
-# seed 1000, which is not used again, and measures the 10 000 others. The test set is not touched. The best MAP@R (next section)
+# tests/benchmarks/three_ways.py --settings` trains each candidate *at full length*, two epochs, on 50 000 training images, with
+# seed 1000, which is not used again, and measures the 10 000 others. The test set is not touched. The best MAP@R (next section)
 # decides, because it is about whole classes, as the losses are.
 
 # %% [markdown]
@@ -470,7 +470,7 @@ for model, make in MODELS.items():
 # higher rate or the same, as one expects where the margin is only a unit. (For triplets on a matrix the widest margin, at the edge of
 # the grid, won by 0.1 to 0.2 points; as it is only a unit there, the grid was not extended.)
 #
-# <details><summary>All 72 candidates: kNN errors among 10 000, and MAP@R</summary>
+# <details><summary>All 72 candidates: kNN errors among 10 000, and MAP@R</summary>
 #
 # ```text
 # contrastive, matrix from random
@@ -526,7 +526,7 @@ SETTINGS = {  # margin and peak learning rate
 # %% [markdown]
 # ## What stands beside every result
 #
-# Each test image is classified by its ten nearest of 10 000 training images, the gallery, and **errors** are counted. **MAP@R**
+# Each test image is classified by its ten nearest of 10 000 training images, the gallery, and **errors** are counted. **MAP@R**
 # (mean average precision at R) looks at whole classes: of a query's R nearest, R being the size of its class in the gallery, it is
 # one if all are of that class, and less the more, and the earlier, others come between. (Every fourth test image is a query, to
 # save time.)
@@ -571,12 +571,12 @@ assert baseline["PCA, 64 components"] < baseline["pixels"] < baseline["LDA, 9 nu
 # %% [markdown]
 # PCA, which knows no labels, makes 509 errors, 80 fewer than the pixels. It is also where the "matrix from PCA" starts: one factor
 # for all distances does not change who is nearest. A random matrix and an untrained network are worse than the pixels. LDA turns
-# things round: nearly twice PCA's errors, but a MAP@R of 55 % against 31. So mind both measures.
+# things round: nearly twice PCA's errors, but a MAP@R of 55 % against 31. So mind both measures.
 
 # %% [markdown]
 # ## Eighteen runs
 #
-# Six methods, three seeds, all 60 000 training images; then, for the first time with anything trained by gradient descent, the test set.
+# Six methods, three seeds, all 60 000 training images; then, for the first time with anything trained by gradient descent, the test set.
 
 # %%
 runs, right, map_at_r = {}, {}, {}
@@ -620,12 +620,12 @@ plt.show()
 
 # %% [markdown]
 # Three things are plain. The networks are far ahead: 93 to 132 errors, against 509 for PCA and 728 and more for any of these matrices.
-# By MAP@R, all six methods are ahead of LDA's 55 %, and far ahead of what knows no labels, 31 % at best. And by its nearest neighbours
+# By MAP@R, all six methods are ahead of LDA's 55 %, and far ahead of what knows no labels, 31 % at best. And by its nearest neighbours
 # a trained matrix is *behind* PCA, even if it started there: training took it from 509 errors to 734 (triplets) or 842 (contrastive).
 #
 # Both losses take their terms from whole classes, while kNN asks about the ten nearest only. One candidate of the grid shows a
-# trade: the contrastive matrix from PCA that gathers classes least (margin 4, rate 0.0002: MAP@R 49 %) stays nearest to PCA's errors
-# (547; PCA has 459 there). With triplets it is not so simple: margin 16 at the same rate gathers least, 52 %, and makes 789 errors.
+# trade: the contrastive matrix from PCA that gathers classes least (margin 4, rate 0.0002: MAP@R 49 %) stays nearest to PCA's errors
+# (547; PCA has 459 there). With triplets it is not so simple: margin 16 at the same rate gathers least, 52 %, and makes 789 errors.
 # So the fault may lie in what was asked, and not in the matrix.
 #
 # ## A matrix for nearest neighbours
@@ -662,9 +662,9 @@ for seed in SEEDS:
 
 # %% [markdown]
 # Now a matrix *does* beat PCA, with 362 to 369 errors against 509, more than a quarter fewer. (p is McNemar's, which comes next.) And
-# its MAP@R is 33 to 34 %, hardly above PCA's 31. So a matrix can gather whole classes, or sort neighbourhoods; which of them is
+# its MAP@R is 33 to 34 %, hardly above PCA's 31. So a matrix can gather whole classes, or sort neighbourhoods; which of them is
 # decided by the positives it is shown. (The settings differ, too. With those of the near positives, margin 0.2 and rate 0.0002, but
-# all positives, seed 0 makes 717 errors at a MAP@R of 58.5 %.)
+# all positives, seed 0 makes 717 errors at a MAP@R of 58.5 %.)
 
 # %% [markdown]
 # ## How large is a difference?
@@ -721,17 +721,17 @@ ax.set_title("The model matters most, then the loss, then the start")
 plt.show()
 
 # %% [markdown]
-# A dot is a seed, filled where McNemar's p is below 0.05; a bar is the 95 % interval of the mean over seeds.
+# A dot is a seed, filled where McNemar's p is below 0.05; a bar is the 95 % interval of the mean over seeds.
 #
-# - **The model:** a network in place of the matrix takes away 84 to 87 % of the errors.
-# - **The loss:** triplets in place of pairs take away 12 to 15 % of the errors of either matrix, and 18 to 27 % of the network's. In
-#   points the latter is only 0.3 (1.25 to 0.96 % of errors), which looks like nothing and is a quarter of them. Each of the nine tests
+# - **The model:** a network in place of the matrix takes away 84 to 87 % of the errors.
+# - **The loss:** triplets in place of pairs take away 12 to 15 % of the errors of either matrix, and 18 to 27 % of the network's. In
+#   points the latter is only 0.3 (1.25 to 0.96 % of errors), which looks like nothing and is a quarter of them. Each of the nine tests
 #   has p < 0.05.
-# - **The start:** PCA in place of random takes away 2 to 5 %. After two epochs a matrix has nearly forgotten where it began: 509 and
+# - **The start:** PCA in place of random takes away 2 to 5 %. After two epochs a matrix has nearly forgotten where it began: 509 and
 #   903 errors before, 734 and 754 after (triplets, means).
 
 # %% [markdown]
-# By MAP@R the loss decides otherwise: contrastive matrices are ahead, 61 % to 59, and the two networks are alike, 97.3 to 97.7. It
+# By MAP@R the loss decides otherwise: contrastive matrices are ahead, 61 % to 59, and the two networks are alike, 97.3 to 97.7. It
 # fits what the losses ask: the contrastive one pulls *every* pair of a class, the triplet one stops when the order is right by the margin. And the
 # lead of triplets does not hang on choosing by MAP@R: on the held-back images the fewest errors of any contrastive network were 136,
 # of any triplet network 103.
@@ -743,7 +743,7 @@ plt.show()
 # %% [markdown]
 # ## Which when: how many labels are there?
 #
-# Sixty thousand labels are a luxury. Take 50, 200 or 1 000 labelled images, which are both training set and gallery, and classify
+# Sixty thousand labels are a luxury. Take 50, 200 or 1 000 labelled images, which are both training set and gallery, and classify
 # each test image by the nearest one. PCA needs no labels and may look at all images; so may the matrix that starts from it. A
 # hundred steps each, triplets with the settings from above, three draws of images.
 
@@ -790,9 +790,9 @@ assert curve["network"][2] < 0.6 * curve["PCA"][2]
 assert all(m > p for m, p in zip(curve["matrix from PCA"], curve["PCA"], strict=True))
 
 # %% [markdown]
-# With 50 labels, about five a class, nothing that learned is ahead of PCA on average: 37.2 % errors against 38.4 for the network,
-# which is ahead in one of the three draws. With 200 it makes a third fewer errors than PCA (14.0 against 21.4 %), with 1 000 fewer than half (4.6 against 10.1 %). The matrix is behind at
-# every size. (Settings were chosen for 50 000 images; others may suit few labels better.)
+# With 50 labels, about five a class, nothing that learned is ahead of PCA on average: 37.2 % errors against 38.4 for the network,
+# which is ahead in one of the three draws. With 200 it makes a third fewer errors than PCA (14.0 against 21.4 %), with 1 000 fewer than half (4.6 against 10.1 %). The matrix is behind at
+# every size. (Settings were chosen for 50 000 images; others may suit few labels better.)
 
 # %% [markdown]
 # ## Which when: one threshold for all pairs?
@@ -800,7 +800,7 @@ assert all(m > p for m, p in zip(curve["matrix from PCA"], curve["PCA"], strict=
 # "Are these two of one class?" is decided by a threshold on the distance (chapter [9](09_verification.ipynb)). One often reads that
 # pairs are the loss for it, since they name one distance for all, where triplets only compare from each anchor. Try it. The **equal
 # error rate** (EER) is the error at the threshold at which as large a share of pairs of one class is rejected as of pairs of two
-# classes is accepted. Here are all two million pairs of 2 000 test images.
+# classes is accepted. Here are all two million pairs of 2 000 test images.
 
 # %% tags=["nbval-ignore-output"]
 some_images, some_labels = test_images[:2000], test_labels[:2000]
@@ -840,8 +840,8 @@ plt.show()
 
 # %% [markdown]
 # It is not so here. Contrastive networks make tighter classes and put most pairs of two classes just beyond their margin of 1.4, a
-# tenth far beyond, but the share of pairs on the wrong side is the same: 1.1 to 1.5 % with pairs, 1.3 to 1.5 % with triplets. The model decides again: 17 % for any matrix,
-# and 33 % for PCA.
+# tenth far beyond, but the share of pairs on the wrong side is the same: 1.1 to 1.5 % with pairs, 1.3 to 1.5 % with triplets. The model decides again: 17 % for any matrix,
+# and 33 % for PCA.
 
 # %% [markdown]
 # ## Which when: what does it cost?
@@ -874,7 +874,7 @@ print(f"terms: {pairs_of_512:,} pairs, {triplets_of_512:,} triplets")
 assert triplets_of_512 > 80 * pairs_of_512
 
 # %% [markdown]
-# Twelve million triplets take about as long as 131 000 pairs, because both losses work on one table of 512 × 512 distances (chapter 2).
+# Twelve million triplets take about as long as 131 000 pairs, because both losses work on one table of 512 × 512 distances (chapter 2).
 # In the step the network costs most. Nobody need choose pairs to save time.
 #
 # ## In scikit-learn's company
@@ -913,30 +913,30 @@ for name in features:
     assert (won > 1.5 * lost and p_value < 0.02) == (name == "digits and noise")
 
 # %% [markdown]
-# On the digits as they are, learning gains nothing: 98.2 % for plain kNN and 97.1 % for the pipeline; of 450 images, 10 are right by
-# the first only and 5 by the second only (p = 0.3). The pixels of centred digits are a good measure already. With 64 columns of noise plain kNN falls to 91.8 %, and that
-# with 15 neighbours: every column counts the same. The learned matrix gives a column of noise about a fifth of a pixel's weight and keeps 96.4 %; of 35 disagreements
+# On the digits as they are, learning gains nothing: 98.2 % for plain kNN and 97.1 % for the pipeline; of 450 images, 10 are right by
+# the first only and 5 by the second only (p = 0.3). The pixels of centred digits are a good measure already. With 64 columns of noise plain kNN falls to 91.8 %, and that
+# with 15 neighbours: every column counts the same. The learned matrix gives a column of noise about a fifth of a pixel's weight and keeps 96.4 %; of 35 disagreements
 # it wins 28 (p = 0.0005). **Learning
-# helps where features mislead.** LDA, at 95.1 %, is fitted in hundredths of a second, the matrix in seconds, so try it first.
+# helps where features mislead.** LDA, at 95.1 %, is fitted in hundredths of a second, the matrix in seconds, so try it first.
 
 # %% [markdown]
 # ## Which when: in one table
 #
 # | You have | Take | Because in this chapter |
 # |---|---|---|
-# | about five labels a class | PCA and the nearest neighbour | 37.2 % errors; the network 38.4 %, ahead in one draw of three |
-# | images, twenty labels a class or more | a network, with triplets | 200 labels: 14.0 % errors, PCA 21.4 %; all: 93 to 98 errors, contrastive 119 to 132, PCA 509 |
-# | only "same" and "different", no classes | a network, with pairs | EER 1.1 to 1.5 %, as good as triplets' 1.3 to 1.5 % |
-# | whole classes to gather, by a linear map | a matrix, with pairs | MAP@R 61 %, triplets 59 %, LDA 55 %, PCA 31 % |
+# | about five labels a class | PCA and the nearest neighbour | 37.2 % errors; the network 38.4 %, ahead in one draw of three |
+# | images, twenty labels a class or more | a network, with triplets | 200 labels: 14.0 % errors, PCA 21.4 %; all: 93 to 98 errors, contrastive 119 to 132, PCA 509 |
+# | only "same" and "different", no classes | a network, with pairs | EER 1.1 to 1.5 %, as good as triplets' 1.3 to 1.5 % |
+# | whole classes to gather, by a linear map | a matrix, with pairs | MAP@R 61 %, triplets 59 %, LDA 55 %, PCA 31 % |
 # | the nearest neighbours only, and no network | a matrix with near positives (LMNN) | 362 to 369 errors, PCA 509, all triplets 728 and more |
-# | features that mislead | LDA, or a matrix | 95.1 and 96.4 %, plain kNN 91.8 % |
-# | good features in one unit | nothing | 98.2 % without learning, 97.1 % with |
-# | features in different units | first of all a scaler | wine, below: 66 % without, 96 % with |
+# | features that mislead | LDA, or a matrix | 95.1 and 96.4 %, plain kNN 91.8 % |
+# | good features in one unit | nothing | 98.2 % without learning, 97.1 % with |
+# | features in different units | first of all a scaler | wine, below: 66 % without, 96 % with |
 
 # %% [markdown]
 # ## When it goes wrong: units
 #
-# Thirteen measurements of 178 wines, from three growers: alcohol in per cent, proline in milligrams. Proline runs to 1 680, most
+# Thirteen measurements of 178 wines, from three growers: alcohol in per cent, proline in milligrams. Proline runs to 1 680, most
 # others to less than 15. To the plain ruler, proline is all there is. Can a learned matrix not put that right? In principle.
 
 # %% alt="Dots of five folds for five ways to classify wines, with their means. Without scaling, plain kNN and triplets stay near 70 percent; with scaling all are above 90, and the learned ones highest." tags=["nbval-ignore-output"]
@@ -967,9 +967,9 @@ assert found["scaled, triplets"].mean() > 0.94
 
 # %% [markdown]
 # In practice no: gradient descent begins where proline is everything, and would have to multiply other weights by hundreds.
-# `StandardScaler`, which gives each feature the same spread, mends it in a line: 66 % become 96. Learning then adds 4 of 178 wines
+# `StandardScaler`, which gives each feature the same spread, mends it in a line: 66 % become 96. Learning then adds 4 of 178 wines
 # (LDA 5), too few to be sure of. `TripletEmbedder` does not do so unasked, since
-# the pixels of an image *share* a unit, and scaling each would blow up the noise of the border. (LDA needs no scaling, with 98.9 % it is as good
+# the pixels of an image *share* a unit, and scaling each would blow up the noise of the border. (LDA needs no scaling, with 98.9 % it is as good
 # without: it divides by the spread within classes anyway.)
 
 # %% [markdown]
@@ -1036,7 +1036,7 @@ assert (signs[0].T @ signs[0] - signs[1].T @ signs[1]).abs().max() > 0.01
 # </details>
 
 # %% [markdown]
-# **3.** Two networks make 110 and 100 errors in 10 000 test images; 60 images are right only by the second, 50 only by the first.
+# **3.** Two networks make 110 and 100 errors in 10 000 test images; 60 images are right only by the second, 50 only by the first.
 # What does McNemar's test say? How many test images would be needed, at the same rates, to get p below 0.05?
 
 # %%
@@ -1051,7 +1051,7 @@ assert times == 5
 # %% [markdown]
 # <details><summary>Answer 3</summary>
 #
-# p = 0.39: 50 and 60 are what a fair coin often gives. With five times as many, 250 to 300 in 50 000 images, p falls below 0.05. That
+# p = 0.39: 50 and 60 are what a fair coin often gives. With five times as many, 250 to 300 in 50 000 images, p falls below 0.05. That
 # is five times MNIST's test set, for a difference of a tenth of a point that is a *tenth of the errors*. And it would still be one
 # seed.
 #
@@ -1088,7 +1088,7 @@ assert times == 5
 # </details>
 
 # %% [markdown]
-# **3.** A paper reports 98.9 % for its new loss and 98.7 % for the old one, on the same 10 000 test images, one seed each, both at
+# **3.** A paper reports 98.9 % for its new loss and 98.7 % for the old one, on the same 10 000 test images, one seed each, both at
 # the new loss's learning rate. What may you conclude?
 #
 # a) the new loss is better by 0.2 points · b) nothing yet · c) the two are equally good
@@ -1107,13 +1107,13 @@ assert times == 5
 #
 # <details><summary>Answer</summary>
 #
-# **b.** The weights are a softmax of −d²/τ, which picks out the smallest d² as τ falls; at τ = 0.1 the nearest got 88 % above. *a* is
+# **b.** The weights are a softmax of −d²/τ, which picks out the smallest d² as τ falls; at τ = 0.1 the nearest got 88 % above. *a* is
 # nearer the truth for a *large* τ. *c*: InfoNCE has no margin.
 #
 # </details>
 
 # %% [markdown]
-# **5.** Training takes a matrix from MAP@R 31 % to 59 %, and from 509 kNN errors to 734. How can both be?
+# **5.** Training takes a matrix from MAP@R 31 % to 59 %, and from 509 kNN errors to 734. How can both be?
 #
 # a) one of the measures must be wrong · b) the test set was used for training · c) MAP@R looks at whole classes, kNN at the ten
 # nearest only
@@ -1133,7 +1133,7 @@ assert times == 5
 # - Contrastive loss pulls every pair of a class; a triplet rests when its order is right by the margin.
 # - A clean comparison changes one thing at a time, gives each its own settings, held-back images to choose them, relative errors and
 #   paired tests.
-# - Here the model counts most (−85 % errors), then the loss (triplets −12 to −27 %), then a matrix's start (−2 to −5 %).
+# - Here the model counts most (−85 % errors), then the loss (triplets −12 to −27 %), then a matrix's start (−2 to −5 %).
 # - A matrix gathers whole classes *or* helps nearest neighbours, as its positives are chosen. Look at plain distances, PCA and LDA
 #   first.
 #

@@ -18,7 +18,7 @@
 # # 7 · The paper: Hoffer and Ailon reproduced
 #
 # The paper that named the triplet network says that it learns a better representation than its rival, the **Siamese network**,
-# and reports 99.54 % on MNIST. This chapter builds its network, loss and triplets, repeats the comparison on a small budget,
+# and reports 99.54 % on MNIST. This chapter builds its network, loss and triplets, repeats the comparison on a small budget,
 # and says how far each claim was reproduced.
 #
 # - **You will learn** to read a recipe closely enough to repeat it, what the paper's loss does to easy, semi-hard and hard
@@ -61,14 +61,14 @@ held_back, held_labels = all_images[:1000], all_labels[:1000]
 images, labels = all_images[5000:], all_labels[5000:]
 
 # %% [markdown]
-# Whatever is chosen here is chosen on training images held back: 5 000 are not trained on, and 1 000 of these draw the curves.
+# Whatever is chosen here is chosen on training images held back: 5 000 are not trained on, and 1 000 of these draw the curves.
 # The test images come in once, at the end.
 #
 # ## Which triplets?
 #
-# The 55 000 images make 1.5 · 10¹³ triplets, and nobody looks at all. The authors' code draws (`GenerateList` in `Data.lua`): a
+# The 55 000 images make 1.5 · 10¹³ triplets, and nobody looks at all. The authors' code draws (`GenerateList` in `Data.lua`): a
 # class for the anchor, each as likely as any other; two different images of it; then another class and one image of that. It
-# draws 640 000, calls that an epoch, and draws anew for the next. `draw_triplets` does this.
+# draws 640 000, calls that an epoch, and draws anew for the next. `draw_triplets` does this.
 
 # %%
 sizes = labels.bincount()
@@ -264,12 +264,12 @@ plt.show()
 # | Learning rate | 0.5 † | 0.1 | 0.03; longer run 0.1 |
 # | Decay of the rate | yes † | 0.1 / (1 + 10⁻⁶ · batches); the README says none | none |
 # | Batch | — | 128 triplets | 32 triplets; longer run 128 |
-# | Triplets an epoch | 640 000 † | 640 000, drawn anew each time | 3 072 in all; longer run 640 000 |
+# | Triplets an epoch | 640 000 † | 640 000, drawn anew each time | 3 072 in all; longer run 640 000 |
 # | Epochs | 10 to 30 † | no end until stopped | less than one; longer run one |
 # | Augmentation | none † | off, a switch | none |
 # | Inputs | — | one mean and one standard deviation for all pixels (`Data.lua`) | the same |
 # | Accuracy measured by | linear classifier on the embedding † | not in the repository: it prints the triplet error | linear classifier, and kNN |
-# | Accuracy on MNIST | 99.54 ± 0.08 % † | not in the repository | below |
+# | Accuracy on MNIST | 99.54 ± 0.08 % † | not in the repository | below |
 
 # %% [markdown]
 # (Code: `Main.lua` and `TripletNet.lua` at commit aa0add0, `DistanceRatioCriterion.lua` at 87eaa3f, the rest at a4d93b3.)
@@ -287,11 +287,11 @@ assert 0.08 < after_thirty < after_epoch
 # %% [markdown]
 # ## Training it
 #
-# A step costs what its images cost, so each run sees 9 216 images: 96 batches of 32 triplets. The rate is 0.03; the section on
+# A step costs what its images cost, so each run sees 9 216 images: 96 batches of 32 triplets. The rate is 0.03; the section on
 # the Siamese network shows what it was chosen from. A seed gives the first weights *and* the triplets, so that two runs with
 # one seed differ only in what is compared. Measured is what the authors print after each epoch: the **triplet error**, the
 # fraction of triplets not seen in training whose negative is as near as the positive or nearer. For the pixels, without any
-# network, it is 24.5 %.
+# network, it is 24.5 %.
 
 # %%
 held_triplets = draw_triplets(held_labels, 20_000, torch.Generator().manual_seed(1))
@@ -404,10 +404,10 @@ plt.show()
 
 # %% [markdown]
 # A fresh network puts everything close together: u ≈ 0, s ≈ ½, so the loss begins near σ(0)² = ¼. Why does the error *rise*,
-# from 22.8 to 25.1 %, while the loss falls? For small u the loss is about ¼ + u/4: only the *mean* of u counts, not how many u
+# from 22.8 to 25.1 %, while the loss falls? For small u the loss is about ¼ + u/4: only the *mean* of u counts, not how many u
 # have the right sign. Training lowers the mean by stretching the points along very few axes (effective dimension from 16.4 to
 # 2.8, then 1.7), and these then dominate the distances. The column "whitened" shows that it is the lengths of the axes that spoil
-# the order: with the ten largest axes scaled to one spread, the error falls at once, from 24.7 to 19.8 %. Once |u| is of
+# the order: with the ten largest axes scaled to one spread, the error falls at once, from 24.7 to 19.8 %. Once |u| is of
 # order 1, the gradient of wrong triplets is larger than that of right ones, and the error falls too.
 
 # %% tags=["nbval-ignore-output"]
@@ -422,7 +422,7 @@ assert paper_curve["whitened"].iloc[2] < start["whitened"]
 # %% [markdown]
 # ## Where the triplets lie
 #
-# Now the question kept from above. Draw 20 000 random triplets of held-back images and look at u before and after training, on
+# Now the question kept from above. Draw 20 000 random triplets of held-back images and look at u before and after training, on
 # one scale, under the gradient that the loss gives at each u. (The outermost bars hold what lies farther out.)
 
 # %% alt="Three stacked panels over u from -10 to 8. Top: the gradient, a hill around u = 0.7. Middle: before training all triplets lie in two bars at zero, under the hill. Bottom: after training they spread from about -10 to 4, most of them left of the hill."
@@ -452,7 +452,7 @@ assert heard > 0.99
 assert silent > 0.2
 
 # %% [markdown]
-# Nearly half of the triplets (45 %) now get less than a hundredth of the largest gradient: they were embedded, three images
+# Nearly half of the triplets (45 %) now get less than a hundredth of the largest gradient: they were embedded, three images
 # each, for almost nothing. Before training none did. That is how random triplets waste work once the network has learned
 # something.
 #
@@ -475,7 +475,7 @@ plt.show()
 # %% [markdown]
 # Sort the triplets by chapter 2's words, with a margin of 1: *hard* where the negative is as near as the positive or nearer,
 # *semi-hard* where it is farther by less than the margin, *easy* the rest. Which sort moves the network? The bars count
-# triplets, then the gradient that each loss gives them: hard and semi-hard are 21 % of the triplets, and have 81 % of the
+# triplets, then the gradient that each loss gives them: hard and semi-hard are 21 % of the triplets, and have 81 % of the
 # gradient of the paper's loss and all of the hinge's.
 
 # %% alt="Three stacked bars of easy, semi-hard and hard. Most of the triplets are easy; of the gradient of the paper's loss hard and semi-hard triplets hold most, and of the hinge's they hold all." tags=["nbval-ignore-output"]
@@ -600,24 +600,24 @@ plt.show()
 # 0 or m.
 #
 # A comparison is fair only if both sides were chosen with care. So rate and margin were chosen with seed 2, which is not used
-# elsewhere (nine settings against three: the paper's loss has no margin to choose), on held-back images (measured once; 96 batches each, 2 000 training images for the classifiers):
+# elsewhere (nine settings against three: the paper's loss has no margin to choose), on held-back images (measured once; 96 batches each, 2 000 training images for the classifiers):
 #
 # | Seed 2, held-back images | Rate | Triplet error | Linear classifier | kNN |
 # | :-- | :-- | :-- | :-- | :-- |
-# | triplet, paper's loss | 0.01 | 15.1 % | 91.1 % | 84.4 % |
-# | triplet, paper's loss | 0.03 | 7.7 % | 92.8 % | 89.5 % |
-# | triplet, paper's loss | 0.1 | 9.5 % | 90.3 % | 87.9 % |
-# | Siamese, margin 1 | 0.1 | 7.3 % | 90.1 % | 86.5 % |
-# | Siamese, margin 1 | 0.2 | 7.5 % | 89.0 % | 86.3 % |
-# | Siamese, margin 2 | 0.03 | 5.8 % | 92.7 % | 89.3 % |
-# | Siamese, margin 2 | 0.1 | 11.5 % | 86.9 % | 81.2 % |
-# | Siamese, margin 2 | 0.2 | 30.3 % | 64.0 % | 62.2 % |
-# | Siamese, margin 4 | 0.01 | 6.2 % | 94.0 % | 89.1 % |
-# | Siamese, margin 4 | 0.03 | 4.0 % | 93.6 % | 90.8 % |
-# | Siamese, margin 8 | 0.01 | 4.6 % | 94.4 % | 91.4 % |
-# | Siamese, margin 8 | 0.03 | collapsed | 9.3 % | 11.6 % |
+# | triplet, paper's loss | 0.01 | 15.1 % | 91.1 % | 84.4 % |
+# | triplet, paper's loss | 0.03 | 7.7 % | 92.8 % | 89.5 % |
+# | triplet, paper's loss | 0.1 | 9.5 % | 90.3 % | 87.9 % |
+# | Siamese, margin 1 | 0.1 | 7.3 % | 90.1 % | 86.5 % |
+# | Siamese, margin 1 | 0.2 | 7.5 % | 89.0 % | 86.3 % |
+# | Siamese, margin 2 | 0.03 | 5.8 % | 92.7 % | 89.3 % |
+# | Siamese, margin 2 | 0.1 | 11.5 % | 86.9 % | 81.2 % |
+# | Siamese, margin 2 | 0.2 | 30.3 % | 64.0 % | 62.2 % |
+# | Siamese, margin 4 | 0.01 | 6.2 % | 94.0 % | 89.1 % |
+# | Siamese, margin 4 | 0.03 | 4.0 % | 93.6 % | 90.8 % |
+# | Siamese, margin 8 | 0.01 | 4.6 % | 94.4 % | 91.4 % |
+# | Siamese, margin 8 | 0.03 | collapsed | 9.3 % | 11.6 % |
 #
-# The settings matter more than the loss: within the Siamese rows the triplet error goes from 4 to 30 %. Each network gets the
+# The settings matter more than the loss: within the Siamese rows the triplet error goes from 4 to 30 %. Each network gets the
 # setting with its lowest triplet error: both rate 0.03, the Siamese one margin 4.
 
 
@@ -640,14 +640,14 @@ for seed in SEEDS:
     assert from_pairs < own
 
 # %% [markdown]
-# In triplet error the Siamese network is ahead with both seeds: 7.7 % against 10.7 %, and 6.3 % against 10.5 %. The paper
+# In triplet error the Siamese network is ahead with both seeds: 7.7 % against 10.7 %, and 6.3 % against 10.5 %. The paper
 # measures something else, the accuracy of a classifier.
 
 # %% [markdown]
 # ## What the embeddings are worth
 #
 # Accuracy in the paper is that of a **linear classifier** on the frozen embedding (a **linear probe**). Beside it stands kNN
-# with k = 10, as in chapter 4. Both get 2 000 training images. This is the one place where test images come in: 2 500, every
+# with k = 10, as in chapter 4. Both get 2 000 training images. This is the one place where test images come in: 2 500, every
 # fourth. To compare with: the raw pixels, and a network that was not trained.
 
 # %%
@@ -690,7 +690,7 @@ for seed in SEEDS:
 assert accuracy.loc["paper's loss, drawn, 0", "kNN"] < accuracy.loc["pixels", "kNN"]
 
 # %% [markdown]
-# Linear classifier and kNN see the same 2 500 images for every network, so the comparison is paired: count the images that only
+# Linear classifier and kNN see the same 2 500 images for every network, so the comparison is paired: count the images that only
 # one of two networks gets right, and ask with a sign test (**McNemar's test**) whether the toss of a coin would split them so.
 
 # %% tags=["nbval-ignore-output"]
@@ -709,32 +709,32 @@ for one_name, other_name in questions:
 
 # %% [markdown]
 # Is the triplet network better than the Siamese one? By the paper's own measure, the linear classifier, the two cannot be told
-# apart here: 92.5 % against 91.8 % with seed 0 (only one of them right: 107 : 90, p = 0.25), and 92.6 % against 93.5 % with
-# seed 1 (82 : 103, p = 0.14). By kNN the Siamese network is better: 88.2 % against 84.2 %, and 89.7 % against 86.2 % (219 : 119
+# apart here: 92.5 % against 91.8 % with seed 0 (only one of them right: 107 : 90, p = 0.25), and 92.6 % against 93.5 % with
+# seed 1 (82 : 103, p = 0.14). By kNN the Siamese network is better: 88.2 % against 84.2 %, and 89.7 % against 86.2 % (219 : 119
 # and 201 : 114). So the paper's claim is **not reproduced** at this budget. Look back at the table of settings: against margin
-# 2 and rate 0.1 the triplet network would have won, 92.8 % against 86.9 %. A rival that was not tuned loses easily.
+# 2 and rate 0.1 the triplet network would have won, 92.8 % against 86.9 %. A rival that was not tuned loses easily.
 #
 # With seed 0, all triplets instead of the drawn ones help kNN clearly (180 : 64); for the linear classifier no gain can be
-# shown (87 : 76, p = 0.43). With all triplets kNN prefers the hinge (40 : 15, p = 0.001). And be sober: after 9 216 images kNN
-# on the drawn triplets' embedding is *below* kNN on pixels (88.8 %) with both seeds, and not above the untrained network (87.0 %;
+# shown (87 : 76, p = 0.43). With all triplets kNN prefers the hinge (40 : 15, p = 0.001). And be sober: after 9 216 images kNN
+# on the drawn triplets' embedding is *below* kNN on pixels (88.8 %) with both seeds, and not above the untrained network (87.0 %;
 # below it with seed 0).
 
 # %% [markdown]
 # ## Beside the paper
 #
 # A number without its budget says little, so it has a column. († second-hand, as above. This chapter: seeds 0 and 1 where two
-# numbers stand, else seed 0; 2 500 test images, 2 000 for the classifier; the others: all test images.)
+# numbers stand, else seed 0; 2 500 test images, 2 000 for the classifier; the others: all test images.)
 #
 # | MNIST | Images seen in training | Linear classifier | kNN |
 # | :-- | :-- | :-- | :-- |
-# | paper † | 1 920 000 an epoch, 10 to 30 epochs | 99.54 ± 0.08 % | |
-# | the longer run, one epoch: paper's loss, the code's rate and batch, undamped | 1 920 000 | 99.26 % | 99.30 % |
-# | a fifth of it | 384 000 | 98.94 % | 98.86 % |
-# | this chapter, drawn triplets, paper's loss | 9 216 | 92.5 and 92.6 % | 84.2 and 86.2 % |
-# | this chapter, all triplets, paper's loss | 9 216 | 92.9 % | 88.8 % |
-# | this chapter, all triplets, hinge | 9 216 | 93.0 % | 89.8 % |
-# | this chapter, Siamese network | 9 216 | 91.8 and 93.5 % | 88.2 and 89.7 % |
-# | chapter 4, `fit`, two epochs | 120 000 | | 99.57 % (mean of five seeds) |
+# | paper † | 1 920 000 an epoch, 10 to 30 epochs | 99.54 ± 0.08 % | |
+# | the longer run, one epoch: paper's loss, the code's rate and batch, undamped | 1 920 000 | 99.26 % | 99.30 % |
+# | a fifth of it | 384 000 | 98.94 % | 98.86 % |
+# | this chapter, drawn triplets, paper's loss | 9 216 | 92.5 and 92.6 % | 84.2 and 86.2 % |
+# | this chapter, all triplets, paper's loss | 9 216 | 92.9 % | 88.8 % |
+# | this chapter, all triplets, hinge | 9 216 | 93.0 % | 89.8 % |
+# | this chapter, Siamese network | 9 216 | 91.8 and 93.5 % | 88.2 and 89.7 % |
+# | chapter 4, `fit`, two epochs | 120 000 | | 99.57 % (mean of five seeds) |
 #
 # The paper also reports CIFAR-10, SVHN and STL-10, which are not shipped here and not repeated.
 
@@ -742,18 +742,18 @@ for one_name, other_name in questions:
 # ## The longer run
 #
 # `python tests/benchmarks/paper.py --triplets 640000 --checkpoint run.pt` trains for one epoch of the paper with the authors' rate and
-# batch (0.1, 128 triplets; no dampening) on all 60 000 images. It writes its state every two minutes, goes on from there when it was
-# stopped, and ends with this report. One run, seed 0, on the test set (95 % intervals):
+# batch (0.1, 128 triplets; no dampening) on all 60 000 images. It writes its state every two minutes, goes on from there when it was
+# stopped, and ends with this report. One run, seed 0, on the test set (95 % intervals):
 #
 # | triplets | images seen | triplet error | linear classifier | kNN |
 # | --: | --: | --: | --: | --: |
-# | 128 000 | 384 000 | 0.40 % | 98.94 % (98.72 to 99.13) | 98.86 % (98.63 to 99.06) |
-# | 640 000, one epoch | 1 920 000 | 0.16 % | 99.26 % (99.07 to 99.42) | 99.30 % (99.12 to 99.45) |
+# | 128 000 | 384 000 | 0.40 % | 98.94 % (98.72 to 99.13) | 98.86 % (98.63 to 99.06) |
+# | 640 000, one epoch | 1 920 000 | 0.16 % | 99.26 % (99.07 to 99.42) | 99.30 % (99.12 to 99.45) |
 #
-# The epoch took 141 minutes on one thread, beside other work; with a core to itself it does 16 000 triplets a minute.
+# The epoch took 141 minutes on one thread, beside other work; with a core to itself it does 16 000 triplets a minute.
 
 # %% [markdown]
-# Five times the triplets leave 74 errors of 106 to the linear classifier. The paper's 99.54 ± 0.08 % would be 46, after 10 to 30
+# Five times the triplets leave 74 errors of 106 to the linear classifier. The paper's 99.54 ± 0.08 % would be 46, after 10 to 30
 # epochs †; it lies just above our interval. What nine to 29 more epochs bring was not measured.
 
 # %% [markdown]
@@ -801,12 +801,12 @@ for ax, title in zip(
 plt.show()
 
 # %% [markdown]
-# After 64 batches the undamped error is 10.7 %, the damped one 20.6 %. The damped error *rises* first, to 28.2 %, for the
+# After 64 batches the undamped error is 10.7 %, the damped one 20.6 %. The damped error *rises* first, to 28.2 %, for the
 # reason given above: two dimensions hold its spread, too (effective dimension 2.0), and it stays there longer, because its
 # steps are a tenth as long. It is slow, not broken: its loss falls at every measurement.
 #
 # The authors took such short steps for millions of triplets; 64 batches are too few for them. The longer run above takes 0.1
-# undamped with batches of 128 and ends at 99.26 %. When a reproduction fails, compare what the words *do*, not the words.
+# undamped with batches of 128 and ends at 99.26 %. When a reproduction fails, compare what the words *do*, not the words.
 
 # %% [markdown]
 # ## When it goes wrong: the loss on a sphere
@@ -918,7 +918,7 @@ assert of_wrong[0] > of_wrong[1] + 0.2
 # %% [markdown]
 # <details><summary>Answer 2</summary>
 #
-# More: 90 % of the random triplets, against 45 % with plain distances. Of the wrong ones it is 51 % against 0.1 %. Squaring
+# More: 90 % of the random triplets, against 45 % with plain distances. Of the wrong ones it is 51 % against 0.1 %. Squaring
 # makes large distances larger still, so u leaves the region around ln 2, where the gradient is, on both sides: half of the
 # wrong triplets would teach almost nothing.
 #
@@ -949,7 +949,7 @@ assert noisy_error > wrong(after)
 # <details><summary>Answer 3</summary>
 #
 # Two embeddings of one image are 2.9 apart on average; two images of one digit, without dropout, 2.7. The noise of dropout is
-# as large as the spread of a class. It makes more triplets wrong: 14.2 % instead of 10.7 %. So evaluate with dropout off
+# as large as the spread of a class. It makes more triplets wrong: 14.2 % instead of 10.7 %. So evaluate with dropout off
 # (`network.eval()`; `embed` does it).
 #
 # </details>
@@ -975,7 +975,7 @@ assert wrong(10 * before) == wrong(before)
 # %% [markdown]
 # <details><summary>Answer 4</summary>
 #
-# The triplet error stays at 22.8 %, because no order changes. The gradients do: of right and wrong triplets they were 0.236 and
+# The triplet error stays at 22.8 %, because no order changes. The gradients do: of right and wrong triplets they were 0.236 and
 # 0.256 on average, nearly equal, and become 0.121 and 0.276. This loss has a fixed scale, so it can tell wrong triplets from
 # right ones only when distances differ by about 1.
 #
@@ -1055,7 +1055,7 @@ assert wrong(10 * before) == wrong(before)
 # - While all distances are small, the loss sees only the mean of u: a few axes are stretched until they decide all distances,
 #   and the triplet error may rise as the loss falls.
 # - Crossing loss and triplets told two causes apart: all triplets of a batch instead of the drawn ones cut the triplet error by
-#   32 to 39 %; exchanging the loss changed it by less than a tenth.
+#   32 to 39 %; exchanging the loss changed it by less than a tenth.
 # - The paper's claim was not reproduced at this budget: by a linear classifier a Siamese network, tuned too, cannot be
 #   told from the triplet network, and by kNN and triplet error it is ahead.
 # - A recipe is what the optimiser does, not what its settings are called; a result is a number with its budget.

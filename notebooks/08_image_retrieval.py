@@ -80,7 +80,7 @@ plt.rcParams["figure.dpi"] = 76  # there are many pictures, and the page should 
 # %% [markdown]
 # ## Eight sets, one list
 #
-# The Unicode consortium says which emoji there are, not what they look like. Each studio draws its own. Here are eight sets by six studios (two have a second, older set), five to eight drawings of each of 1 177
+# The Unicode consortium says which emoji there are, not what they look like. Each studio draws its own. Here are eight sets by six studios (two have a second, older set), five to eight drawings of each of 1 177
 # emoji, in 32 × 32 pixels on white. One emoji is one *class*, and who drew a set is called its *designer* here.
 
 # %%
@@ -244,7 +244,7 @@ print(f"MAP@R of PCA by the library: {again:.4f}")
 assert abs(again - scores["PCA"]["MAP@R"].mean()) < 1e-4
 
 # %% [markdown]
-# Of 2 449 others some six are right, so that chance would hit once in four hundred. Pixels find a counterpart first in more than a third of the cases, because the same thing is often drawn in the
+# Of 2 449 others some six are right, so that chance would hit once in four hundred. Pixels find a counterpart first in more than a third of the cases, because the same thing is often drawn in the
 # same place. (26 pairs are even the same to the last pixel: the letters A to Z of "noto" and "noto-v1".) PCA and the untrained network do little better, and between these three another seed of the random weights decides.
 # The ones to beat are whitened PCA among what needs no training, and LDA, a matrix fitted to the training classes.
 #
@@ -325,7 +325,7 @@ table = pd.DataFrame({name: 100 * of.mean() for name, of in scores.items()}).T
 table.round(1)
 
 # %% [markdown]
-# The network, which has never seen one of these emoji, finds a counterpart first for 67 % of the drawings instead of 46 % (LDA) or 42 % (whitened PCA), and its MAP@R, 41 %, is 1.9 times that of LDA and 2.2 times that of the best that needs no training. That is what two
+# The network, which has never seen one of these emoji, finds a counterpart first for 67 % of the drawings instead of 46 % (LDA) or 42 % (whitened PCA), and its MAP@R, 41 %, is 1.9 times that of LDA and 2.2 times that of the best that needs no training. That is what two
 # minutes of training on *other* classes bring. Eight more looks give it one of its 41 points. LDA loses four of its 21 by them, because nothing has taught it to ignore the changes.
 
 # %% tags=["nbval-ignore-output"]
@@ -337,7 +337,7 @@ assert table["Recall@1"]["triplets"] > of_rivals["Recall@1"] + 15
 assert table["MAP@R"]["triplets"] > table["MAP@R"]["one look"]
 
 # %% [markdown]
-# How sure is that? The drawings of an emoji are found or missed together: they are no 2 450 independent trials. So take the mean over each *class*, subtract for two methods on the same class
+# How sure is that? The drawings of an emoji are found or missed together: they are no 2 450 independent trials. So take the mean over each *class*, subtract for two methods on the same class
 # (*paired*), and draw the 350 classes anew, with replacement, a thousand times (a *bootstrap* over classes).
 
 
@@ -422,8 +422,8 @@ right.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# A row asks, a column answers. Sets drawn in one spirit understand each other: "noto" and "fluent" find each other's emoji in about three of four cases, "noto" and its older design "noto-v1" in 65 %. "openmoji", black outlines with little
-# colour, is the hardest to ask and to answer. On the right all seven other sets are searched at once, and every set gains, "openmoji" most: from 21 to 61 %. With 77 % on average this is easier than the search above (67 %), because the query's own set, whose other emoji look alike by style, is out of the gallery.
+# A row asks, a column answers. Sets drawn in one spirit understand each other: "noto" and "fluent" find each other's emoji in about three of four cases, "noto" and its older design "noto-v1" in 65 %. "openmoji", black outlines with little
+# colour, is the hardest to ask and to answer. On the right all seven other sets are searched at once, and every set gains, "openmoji" most: from 21 to 61 %. With 77 % on average this is easier than the search above (67 %), because the query's own set, whose other emoji look alike by style, is out of the gallery.
 
 # %% tags=["nbval-ignore-output"]
 gains = np.array(to_all["triplets"]) - np.array(to_all["PCA"])
@@ -479,7 +479,7 @@ show_answers(firsts, ("PCA", "triplets"))
 # PCA compares ink and colour place by place. To the pale blue fish and to the exclamation marks it answers with *letters* of the same blue, to the bikini with a cross and diamonds, to a couple with whatever is as yellow. The network returns fishing poles with other fish, bikinis of every colour, two heads under a heart, exclamation marks in red.
 # Where its hits end, some have the same build (pins and triangles after the heart above a dot), others nothing in common that one sees (a club after the couples), because some drawing is always the next nearest.
 #
-# These are examples of an extreme: 23 of 2 450 drawings, and none where it is the other way round. Over all drawings triplets alone answer first with a hit 764 times, PCA alone 96 times.
+# These are examples of an extreme: 23 of 2 450 drawings, and none where it is the other way round. Over all drawings triplets alone answer first with a hit 764 times, PCA alone 96 times.
 #
 # Now the other side: one drawing of each group for which triplets find *nothing* within the first R places.
 
@@ -509,7 +509,7 @@ assert chance < hands["triplets"] < hands["PCA"]
 # Most of these drawings differ from their class in what counts. The diamond of the card suit is drawn as a square here, as the orange and blue diamonds are, where the others of its class are taller. The rose is a bloom without a stem and is taken for round faces, the taco for something with fingers. "openmoji"'s skier finds *other yellow figures with black outlines*, and the number sign the
 # other keys of *its own* keyboard. (The telephone and the stopwatch have a hit in sight, but behind their R-th place.)
 #
-# The skier and the key are of a kind: 29 % of the wrong answers are by the query's own designer, who drew 13 % of the gallery. Under PCA it is 42 %. Training has weakened the designer's hand, not removed it.
+# The skier and the key are of a kind: 29 % of the wrong answers are by the query's own designer, who drew 13 % of the gallery. Under PCA it is 42 %. Training has weakened the designer's hand, not removed it.
 
 # %% alt="MAP@R of eight groups of emoji under PCA (10 to 23 %) and under triplets (31 to 49 %): every group gains, People and Body ends highest, Animals and Nature lowest." tags=["nbval-ignore-output"]
 by_group = pd.DataFrame(
@@ -537,7 +537,7 @@ assert by_group.diff(axis=1)["triplets"].min() > 0.08
 # ## How many classes does it take?
 #
 # Let networks learn from ever more classes, with all their drawings. Every network looks at the same number of images: with few classes it looks at each of them more often, changed each time. To afford so many trainings, images are halved
-# to 16 × 16 pixels, which makes training twice as quick and everything harder, and each looks at 12 000 images only, a sixth of what the network above has seen.
+# to 16 × 16 pixels, which makes training twice as quick and everything harder, and each looks at 12 000 images only, a sixth of what the network above has seen.
 
 
 # %%
@@ -599,7 +599,7 @@ ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# Five classes are worse than none: the network learns what tells *those* five apart, forgets the rest, and falls from the untrained 16.6 to 12.6 %. With twenty it is about where it began. From eighty on it has learnt something that holds for others: 19 to 20 %. (One choice of classes and one seed each: the last steps are too small to read.)
+# Five classes are worse than none: the network learns what tells *those* five apart, forgets the rest, and falls from the untrained 16.6 to 12.6 %. With twenty it is about where it began. From eighty on it has learnt something that holds for others: 19 to 20 %. (One choice of classes and one seed each: the last steps are too small to read.)
 #
 # More classes are also more drawings. The diamond tells the two apart: 160 drawings, two each of 80 classes, bring no more than 131 drawings of 20 classes. What must *not* matter is learnt from pairs of one class, and two drawings make one pair where seven make 21. So both count, many classes *and* several drawings of each.
 
@@ -615,7 +615,7 @@ assert abs(value_two - values[1]) < 0.02  # as many drawings, four times as many
 # %% [markdown]
 # ## Is it the loss?
 #
-# Two more rivals, at half size again, with the same network, classes and 12 000 looks. The **contrastive loss** of chapter 6, with a margin of its own. And a network that learns to **classify** the 827, by the cross-entropy of a
+# Two more rivals, at half size again, with the same network, classes and 12 000 looks. The **contrastive loss** of chapter 6, with a margin of its own. And a network that learns to **classify** the 827, by the cross-entropy of a
 # linear layer on the embedding. `fit` trains a loss's own weights too, so the layer can live in the loss. Afterwards either its 827 outputs are the embedding or, *the layer before the last*, what it was put
 # on.
 
@@ -657,26 +657,26 @@ assert (
 plot_gains(scores_small, "Half size: contrastive alike, the classifier far behind")
 
 # %% [markdown]
-# Triplets and contrastive loss cannot be told apart here: the interval of their difference holds zero. The classifier is far behind, even behind the network that was not trained: after 12 000 looks, fourteen at each class, its 827 outputs have hardly begun to learn, while triplets learn
+# Triplets and contrastive loss cannot be told apart here: the interval of their difference holds zero. The classifier is far behind, even behind the network that was not trained: after 12 000 looks, fourteen at each class, its 827 outputs have hardly begun to learn, while triplets learn
 # from every pair.
 #
 # At full size and length there is a difference. This is also how the choices above were made: families of the *training* emoji were divided into three, and each third was held back once; three seeds each, one look at each drawing. Means over the nine runs (`python tests/benchmarks/emoji.py`; the last two columns are [chapter 9](09_verification.ipynb)'s measures, explained there):
 #
-# | held-back emoji | MAP@R | less the recipe's (95 %) | Recall@1 | EER | TAR at FAR 1 % |
+# | held-back emoji | MAP@R | less the recipe's (95 %) | Recall@1 | EER | TAR at FAR 1 % |
 # | --- | --- | --- | --- | --- | --- |
-# | semi-hard triplets, margin 0.1 (the recipe) | 38.7 % | | 63.5 % | 11.0 % | 59.9 % |
-# | contrastive loss, margin 0.5 | 36.2 % | −2.6 ± 0.6 | 61.6 % | 11.5 % | 57.1 % |
-# | classifier, layer before | 24.8 % | −13.9 ± 1.1 | 48.6 % | 18.3 % | 37.8 % |
-# | LDA | 22.7 % | −16.0 | 47.6 % | 22.3 % | 39.2 % |
-# | PCA, whitened | 19.0 % | −19.7 | 42.5 % | 27.9 % | 34.4 % |
-# | untrained | 17.0 % | −21.7 | 40.4 % | 27.3 % | 25.1 % |
+# | semi-hard triplets, margin 0.1 (the recipe) | 38.7 % | | 63.5 % | 11.0 % | 59.9 % |
+# | contrastive loss, margin 0.5 | 36.2 % | −2.6 ± 0.6 | 61.6 % | 11.5 % | 57.1 % |
+# | classifier, layer before | 24.8 % | −13.9 ± 1.1 | 48.6 % | 18.3 % | 37.8 % |
+# | LDA | 22.7 % | −16.0 | 47.6 % | 22.3 % | 39.2 % |
+# | PCA, whitened | 19.0 % | −19.7 | 42.5 % | 27.9 % | 34.4 % |
+# | untrained | 17.0 % | −21.7 | 40.4 % | 27.3 % | 25.1 % |
 #
-# Triplets bring 2.6 points more than the contrastive loss, and more in each of the nine pairs of runs (the pairs share three thirds, so ± 0.6 is rather narrow). The classifier has passed LDA by now, and is far from the losses that ask for what is measured. (With one seed, a margin of 0.2 gave 38.5 %, and on the first third batches of 16 × 6 two points less.)
+# Triplets bring 2.6 points more than the contrastive loss, and more in each of the nine pairs of runs (the pairs share three thirds, so ± 0.6 is rather narrow). The classifier has passed LDA by now, and is far from the losses that ask for what is measured. (With one seed, a margin of 0.2 gave 38.5 %, and on the first third batches of 16 × 6 two points less.)
 
 # %% [markdown]
 # ## When it goes wrong: five classes
 #
-# Do many images make up for few classes? Fashion-MNIST has 10 000 photographs of products, a thousand of each of ten kinds. Five kinds are nearly as many images to learn from as here. Train on five, search among the
+# Do many images make up for few classes? Fashion-MNIST has 10 000 photographs of products, a thousand of each of ten kinds. Five kinds are nearly as many images to learn from as here. Train on five, search among the
 # five others, as above; four such divisions, fixed beforehand: the first five kinds, the other way round, a random half, the other way round. (With `EmbeddingNet` and the loss of chapter 4, one epoch: a second or two each.)
 
 # %%
@@ -995,7 +995,7 @@ ax.margins(y=0.2)
 plt.show()
 
 # %% [markdown]
-# To the left is fast, at the top is complete. The small numbers are the effort. On the plane IVF's nearest cell held 96 % of the neighbours, here it holds half: in 64 dimensions nearly every point is near some border. With 16 of 316 cells it misses little, at a small part of the time of the exact search (the star). With all cells it *is* an exact search, with a detour.
+# To the left is fast, at the top is complete. The small numbers are the effort. On the plane IVF's nearest cell held 96 % of the neighbours, here it holds half: in 64 dimensions nearly every point is near some border. With 16 of 316 cells it misses little, at a small part of the time of the exact search (the star). With all cells it *is* an exact search, with a detour.
 # HNSW, with a list of candidates of the right length, is as good as IVF at equal time here.
 #
 # Times depend on the machine, on how many queries come at once and on what else it does. How many vectors a query was *compared* with does not, and FAISS
@@ -1155,7 +1155,7 @@ assert by_size[64] > 0.9 * at_r["triplets"].mean() > 1.5 * by_size[4]
 # %% [markdown]
 # <details><summary>Answer 1</summary>
 #
-# With 64 numbers MAP@R is 39.1 %, with all 768 it is 41.0 %: a twelfth of the memory keeps nearly all, because most of the 768 repeat what others say. With 32 it is 36 %, with 4 it is 8 %.
+# With 64 numbers MAP@R is 39.1 %, with all 768 it is 41.0 %: a twelfth of the memory keeps nearly all, because most of the 768 repeat what others say. With 32 it is 36 %, with 4 it is 8 %.
 #
 # </details>
 
@@ -1178,12 +1178,12 @@ assert strict < scores["triplets"]["Recall@1"].mean()
 # %% [markdown]
 # <details><summary>Answer 2</summary>
 #
-# Recall@1 falls from 66.8 to 63.0 %. Some first answers are sister designs (the letters even the same pixels), but nearly as many drawings are found by another hand.
+# Recall@1 falls from 66.8 to 63.0 %. Some first answers are sister designs (the letters even the same pixels), but nearly as many drawings are found by another hand.
 #
 # </details>
 
 # %% [markdown]
-# **3.** Has the network learnt its training drawings by heart? Measure MAP@R on them (with one look), as somebody would by mistake who trains on all 1 177 emoji "to use all the data". Would the result give the mistake away?
+# **3.** Has the network learnt its training drawings by heart? Measure MAP@R on them (with one look), as somebody would by mistake who trains on all 1 177 emoji "to use all the data". Would the result give the mistake away?
 
 # %%
 # Your attempt
@@ -1201,7 +1201,7 @@ assert leaked[827] < 1.3 * scores["one look"]["MAP@R"].mean() < leaked[350]
 # %% [markdown]
 # <details><summary>Answer 3</summary>
 #
-# No leak is seen: 47 % on the 827 training emoji look plausible beside 40 % on new ones. Yet the gallery is 2.4 times as large there. Among as many emoji as in the test, 350, it is 61 % for those it was trained on, half as much again. Only a look at how a number was made gives the mistake away.
+# No leak is seen: 47 % on the 827 training emoji look plausible beside 40 % on new ones. Yet the gallery is 2.4 times as large there. Among as many emoji as in the test, 350, it is 61 % for those it was trained on, half as much again. Only a look at how a number was made gives the mistake away.
 #
 # </details>
 
@@ -1222,7 +1222,7 @@ assert after > packings["recall"]["PQ16"] + 0.1
 # %% [markdown]
 # <details><summary>Answer 4</summary>
 #
-# 99 % instead of 65 %. The ten nearest are nearly always among the hundred candidates; only their order was wrong. So the long vectors may lie on a disk, and only a hundred of them are read for each query.
+# 99 % instead of 65 %. The ten nearest are nearly always among the hundred candidates; only their order was wrong. So the long vectors may lie on a disk, and only a hundred of them are read for each query.
 #
 # </details>
 
@@ -1263,7 +1263,7 @@ assert after > packings["recall"]["PQ16"] + 0.1
 # </details>
 
 # %% [markdown]
-# **4.** The recall of an index is 100 %. Are its answers right?
+# **4.** The recall of an index is 100 %. Are its answers right?
 #
 # a) Yes. · b) They are the truly nearest, which need not be of the right class. · c) Only if the index is exact.
 #

@@ -168,7 +168,7 @@ print("TAR       ", small.roc.true_accept_rate.round(2))
 # | same pair, different pair | mated, non-mated comparison | of one class, of two |
 # | FAR, false accept rate | FMR, false match rate | share of the non-mated comparisons that are accepted |
 # | FRR, false reject rate | FNMR, false non-match rate | share of the mated comparisons that are refused |
-# | TAR at FAR 1 % | 1 − FNMR at FMR 1 % | share of the mated that are let in when one in a hundred non-mated may be |
+# | TAR at FAR 1 % | 1 − FNMR at FMR 1 % | share of the mated that are let in when one in a hundred non-mated may be |
 # | EER | EER | where both errors are equal |
 # | verification | verification, 1 : 1 | is this the one it claims to be? |
 # | identification | identification, 1 : N | which of N enrolled is this, if any? |
@@ -181,7 +181,7 @@ print("TAR       ", small.roc.true_accept_rate.round(2))
 #
 # - **AUC**, the area under it: how often a same pair is closer than a different one.
 # - **EER**, the equal error rate: where FAR and FRR are the same. One number for a whole curve, good for tables.
-# - **TAR at FAR 1 %** and **at 0.1 %**: how many of the same are let in when so few others may be. This is what a door (*access control*) needs.
+# - **TAR at FAR 1 %** and **at 0.1 %**: how many of the same are let in when so few others may be. This is what a door (*access control*) needs.
 
 # %% [markdown]
 # Three questions, each harder than the one before, in pictures:
@@ -230,7 +230,7 @@ print(f"precision at FAR 1 %: {right / (right + 0.01 * report.different_pairs):.
 report
 
 # %% [markdown]
-# Never seen, and fewer than one in ten is wrong on either side; a door that lets in one in a hundred others opens for seven in ten of the right ones. Mind what a rate is of: same pairs are one in 400 here, so that of all pairs *accepted* at FAR 1 % only 15 % are same (the *precision*).
+# Never seen, and fewer than one in ten is wrong on either side; a door that lets in one in a hundred others opens for seven in ten of the right ones. Mind what a rate is of: same pairs are one in 400 here, so that of all pairs *accepted* at FAR 1 % only 15 % are same (the *precision*).
 # The intervals are too narrow, as we shall see. First check the numbers against scikit-learn, on one pair in ten.
 
 # %%
@@ -328,7 +328,7 @@ table = pd.DataFrame({name: 100 * result.frame()["value"] for name, result in re
 table.T.round(1)
 
 # %% [markdown]
-# The training was worth it: the equal error rate falls from 24 % (LDA, the best of the others) to 9 %, and at a FAR of 1 % the door opens for 70 % instead of 40 %. On the DET axes the curves are not far from straight lines, and that of the triplets lies below the others everywhere in this picture.
+# The training was worth it: the equal error rate falls from 24 % (LDA, the best of the others) to 9 %, and at a FAR of 1 % the door opens for 70 % instead of 40 %. On the DET axes the curves are not far from straight lines, and that of the triplets lies below the others everywhere in this picture.
 
 # %%
 best = min(result.equal_error_rate for name, result in reports.items() if name != "triplets")
@@ -339,7 +339,7 @@ assert report.equal_error_rate < 0.5 * best
 # ## Choose on some classes, test on others
 #
 # A rate at a threshold that was chosen on the same pairs is too good to be true (*overfitted*). Splitting the *pairs* would not do: every drawing would be on both sides. Nor would splitting the drawings, because what comes later are new
-# *classes*. So put half of the 350 classes on one side, families kept whole, choose the threshold for a FAR of 1 % there, and measure on the other half. Twenty divisions:
+# *classes*. So put half of the 350 classes on one side, families kept whole, choose the threshold for a FAR of 1 % there, and measure on the other half. Twenty divisions:
 
 # %%
 families = np.unique([test.families[label] for label in labels], return_inverse=True)[1]
@@ -361,7 +361,7 @@ print(f"TAR {1 - frrs.mean():.1%} on average; {1 - frrs.max():.1%} to {1 - frrs.
 print("one of them, with its interval:", measured[0].false_accept_rate)
 
 # %% [markdown]
-# On average the threshold keeps its promise. Yet from division to division the FAR moves far more than its interval allows. Each half has more than 700 000 different pairs. How can so many
+# On average the threshold keeps its promise. Yet from division to division the FAR moves far more than its interval allows. Each half has more than 700 000 different pairs. How can so many
 # pairs say so little?
 
 # %% tags=["nbval-ignore-output"]
@@ -415,10 +415,10 @@ for (name, measure), value in zip(rows.items(), of_report, strict=True):
     )
 
 # %% [markdown]
-# The intervals over pairs are too narrow, the more so the smaller the FAR: over classes they are 1.3 times as wide for the EER, three times at a FAR of 1 %, and six times at 0.1 %.
+# The intervals over pairs are too narrow, the more so the smaller the FAR: over classes they are 1.3 times as wide for the EER, three times at a FAR of 1 %, and six times at 0.1 %.
 #
-# Which of the two is right? Try them where the truth is nearly known. Cut the classes into 14 sets of 25, and ask each set for the TAR at FAR 1 %, with both kinds of interval; do that for six shufflings of the classes. The truth is, nearly, the TAR over
-# all three million pairs. Of 84 intervals of 95 %, about 80 should hold it.
+# Which of the two is right? Try them where the truth is nearly known. Cut the classes into 14 sets of 25, and ask each set for the TAR at FAR 1 %, with both kinds of interval; do that for six shufflings of the classes. The truth is, nearly, the TAR over
+# all three million pairs. Of 84 intervals of 95 %, about 80 should hold it.
 
 # %%
 truth = float(report.tar_at_far(0.01))
@@ -461,11 +461,11 @@ axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# Dots and full lines hold the truth (the dotted line), crosses and dotted lines miss it. Of the intervals over pairs, which promise 95 %, more than half miss; those over classes are four times as wide, and 80 of 84 hold. So whenever each image is in many pairs, resample what was drawn: the classes. (Near twins are drawn apart here. With families drawn whole the intervals are about the same.)
+# Dots and full lines hold the truth (the dotted line), crosses and dotted lines miss it. Of the intervals over pairs, which promise 95 %, more than half miss; those over classes are four times as wide, and 80 of 84 hold. So whenever each image is in many pairs, resample what was drawn: the classes. (Near twins are drawn apart here. With families drawn whole the intervals are about the same.)
 #
 # ## When it goes wrong: the threshold of the training classes
 #
-# It is tempting to choose the threshold on what is at hand: the training classes. Ask for a FAR of 1 % there, and use that threshold for the new emoji.
+# It is tempting to choose the threshold on what is at hand: the training classes. Ask for a FAR of 1 % there, and use that threshold for the new emoji.
 
 # %%
 familiar = verification_report(*pair_distances(look_often(network, train.images), seen))
@@ -505,7 +505,7 @@ ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# The FAR hardly tells: 1.4 % instead of 1 % is within what thresholds from held-back classes gave. The other promise is broken: of the same pairs 89 % were accepted among training emoji, 74 % are among new ones. Training pulled each of its own classes together, and new ones were never pulled. The fix is to keep *classes* back, and to choose the threshold and read both rates on them, as above.
+# The FAR hardly tells: 1.4 % instead of 1 % is within what thresholds from held-back classes gave. The other promise is broken: of the same pairs 89 % were accepted among training emoji, 74 % are among new ones. Training pulled each of its own classes together, and new ones were never pulled. The fix is to keep *classes* back, and to choose the threshold and read both rates on them, as above.
 #
 # With few training classes it is worse. Train a network on the digits 0 to 4 and ask it about 5 to 9:
 
@@ -544,7 +544,7 @@ assert on_new > 10 * got
 (100 * contrast.T.iloc[1:]).astype(float).round(1)
 
 # %% [markdown]
-# Among digits a threshold for a FAR of 1 % accepts 67 % of the different pairs. Five training classes are told apart almost perfectly, and that says nothing about five others: the equal error rate goes from 0.3 to 30 %, little better than the 37 % of pixels. Among emoji (whose training classes are measured on the training drawings themselves) it goes from 3.5 to 9 %. Data, network and loss differ too; that the *number of classes* has its share in this is what
+# Among digits a threshold for a FAR of 1 % accepts 67 % of the different pairs. Five training classes are told apart almost perfectly, and that says nothing about five others: the equal error rate goes from 0.3 to 30 %, little better than the 37 % of pixels. Among emoji (whose training classes are measured on the training drawings themselves) it goes from 3.5 to 9 %. Data, network and loss differ too; that the *number of classes* has its share in this is what
 # chapter 8's curve shows, with all else alike.
 
 # %% [markdown]
@@ -611,7 +611,7 @@ pd.DataFrame(
 # threshold, refuse. Now there are two ways to fail. The query of a stranger is given a name: a *false positive identification*, whose rate is the FPIR. That of an enrolled emoji is refused or given a wrong name: a *false
 # negative identification*, whose rate is the FNIR.
 #
-# Take the threshold that lets in 1 % of single non-mated comparisons, of a drawing with a prototype of two drawings of another class. Enrol N of the 350 emoji. How often is a stranger given a name, when there are N names that it might resemble? A query that lies near c of the 349 other prototypes
+# Take the threshold that lets in 1 % of single non-mated comparisons, of a drawing with a prototype of two drawings of another class. Enrol N of the 350 emoji. How often is a stranger given a name, when there are N names that it might resemble? A query that lies near c of the 349 other prototypes
 # is near none of N that are drawn from them with a probability that is known (the *hypergeometric* distribution), so that the mean over all choices of N needs no drawing.
 
 
@@ -657,7 +657,7 @@ print(f"at most one for {(near <= 1).mean():.0%} of the queries")
 assert fpir == sorted(fpir)
 
 # %% [markdown]
-# Among 20 names a stranger passes for one of them in 17 % of the cases, among 250 in 75 %. With few names the curve follows the dashed line, with many it falls below it: comparisons of one stranger are not independent. Some drawings are near many names, many are near none or one, and who has been given a name already cannot be given another.
+# Among 20 names a stranger passes for one of them in 17 % of the cases, among 250 in 75 %. With few names the curve follows the dashed line, with many it falls below it: comparisons of one stranger are not independent. Some drawings are near many names, many are near none or one, and who has been given a name already cannot be given another.
 #
 # So a threshold for identification must be chosen for N, by FPIR itself. And FPIR is bought with FNIR:
 
@@ -701,14 +701,14 @@ print("FNIR at FPIR 5 %:", {N: f"{rate:.0%}" for N, rate in trade.items()})
 assert trade[20] < trade[60] < trade[250]
 
 # %% [markdown]
-# With 20 names and one stranger in twenty given a name, 43 % of the enrolled are not given theirs; with 250 names 85 %. A search among many that may say "none of these" is far harder than a verification, and a good equal error rate promises nothing about it.
+# With 20 names and one stranger in twenty given a name, 43 % of the enrolled are not given theirs; with 250 names 85 %. A search among many that may say "none of these" is far harder than a verification, and a good equal error rate promises nothing about it.
 
 # %% [markdown]
 # ## Exercises
 #
 # Try each before you unfold its solution (click the blue bar or the three dots) and its answer.
 #
-# **1.** Does it matter whether distances are squared or not? Compare AUC, EER and TAR at FAR 1 %, and the thresholds.
+# **1.** Does it matter whether distances are squared or not? Compare AUC, EER and TAR at FAR 1 %, and the thresholds.
 
 # %%
 # Your attempt
@@ -729,7 +729,7 @@ assert abs(squared.equal_error_threshold - report.equal_error_threshold**2) < 1e
 # </details>
 
 # %% [markdown]
-# **2.** Which emoji are taken for each other? At the threshold of FAR 1 %, what share of the false accepts comes from the worst hundredth of the pairs of classes? Find some of them.
+# **2.** Which emoji are taken for each other? At the threshold of FAR 1 %, what share of the false accepts comes from the worst hundredth of the pairs of classes? Find some of them.
 
 # %%
 # Your attempt
@@ -751,12 +751,12 @@ assert of_all > 0.4
 # %% [markdown]
 # <details><summary>Answer 2</summary>
 #
-# About a half: a FAR is a mean over pairs of classes, and 610 of 61 075 pairs make 50 % of the false accepts. Among them are diamonds of two sizes and two colours, droplet and diamond, multiply and cross mark: one outline, different in colour or size, which the training was told to ignore.
+# About a half: a FAR is a mean over pairs of classes, and 610 of 61 075 pairs make 50 % of the false accepts. Among them are diamonds of two sizes and two colours, droplet and diamond, multiply and cross mark: one outline, different in colour or size, which the training was told to ignore.
 #
 # </details>
 
 # %% [markdown]
-# **3.** Split *pairs* at random instead of classes: choose the threshold for a FAR of 1 % on half of the pairs, and measure on the other half. Why is the result too good to be true?
+# **3.** Split *pairs* at random instead of classes: choose the threshold for a FAR of 1 % on half of the pairs, and measure on the other half. Why is the result too good to be true?
 
 # %%
 # Your attempt
@@ -798,7 +798,7 @@ assert all(abs(rate - report.equal_error_rate) < 0.01 for rate in strict.values(
 # %% [markdown]
 # <details><summary>Answer 4</summary>
 #
-# Hardly: the EER is 8.94 % over all pairs, 8.94 % without the same pairs of one studio, 8.88 % without its different pairs and 8.89 % without both. Neither the redesigns nor the likeness of style among different emoji of one studio move it by a tenth of a point.
+# Hardly: the EER is 8.94 % over all pairs, 8.94 % without the same pairs of one studio, 8.88 % without its different pairs and 8.89 % without both. Neither the redesigns nor the likeness of style among different emoji of one studio move it by a tenth of a point.
 #
 # </details>
 
@@ -839,7 +839,7 @@ except RuntimeError:
 # ## Check yourself
 
 # %% [markdown]
-# **1.** A datasheet says "FMR 0.1 %". Of what is that a rate?
+# **1.** A datasheet says "FMR 0.1 %". Of what is that a rate?
 #
 # a) Of all comparisons, one in a thousand is wrong. · b) Of the comparisons of *different* people, one in a thousand is accepted. · c) Of the accepted comparisons, one in a thousand is of different people.
 #
@@ -867,7 +867,7 @@ except RuntimeError:
 #
 # <details><summary>Answer</summary>
 #
-# **b.** Three million pairs are made of 2 450 drawings of 350 emoji, and are no three million independent draws. *a* is the opposite of what happened; *c* does not matter for counts.
+# **b.** Three million pairs are made of 2 450 drawings of 350 emoji, and are no three million independent draws. *a* is the opposite of what happened; *c* does not matter for counts.
 #
 # </details>
 
@@ -883,13 +883,13 @@ except RuntimeError:
 # </details>
 
 # %% [markdown]
-# **5.** A search among N enrolled uses a threshold with an FMR of 1 %. What can you say about its FPIR?
+# **5.** A search among N enrolled uses a threshold with an FMR of 1 %. What can you say about its FPIR?
 #
-# a) It is 1 %. · b) It is N per cent. · c) It grows with N, at most as fast as 1 − 0.99<sup>N</sup>. Measure it.
+# a) It is 1 %. · b) It is N per cent. · c) It grows with N, at most as fast as 1 − 0.99<sup>N</sup>. Measure it.
 #
 # <details><summary>Answer</summary>
 #
-# **c.** Each stranger is compared N times. *a* holds for N = 1 only; *b* goes over 100 %. That comparisons of one stranger are not independent makes it grow more slowly.
+# **c.** Each stranger is compared N times. *a* holds for N = 1 only; *b* goes over 100 %. That comparisons of one stranger are not independent makes it grow more slowly.
 #
 # </details>
 

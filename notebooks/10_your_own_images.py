@@ -283,9 +283,9 @@ assert scores["MAP@R"].iloc[-1] > 1.5 * scores["MAP@R"].iloc[:-1].max()
 
 # %% [markdown]
 # A network that learnt from the folder for less than a minute is far ahead of all that cost nothing. (Chapter 8 takes nearly three times as many
-# steps, on all the known classes, and comes to 40 %.)
+# steps, on all the known classes, and comes to 40 %.)
 #
-# Why 60 % here and 77 % above? Among 119 classes less can be mistaken than among 350, and many a held-back emoji has a near twin
+# Why 60 % here and 77 % above? Among 119 classes less can be mistaken than among 350, and many a held-back emoji has a near twin
 # among those learnt from (chapter 8's families). Such a number is for comparing epochs. The last one was the best: more would help.
 #
 # ## An index of files
@@ -470,7 +470,7 @@ print("weights of ResNet-18:", origin)
 
 # %% [markdown]
 # On the machine that made this page the weights are *random*, and then nothing of this helps. The features are worse than pixels
-# (15 %), the head gains a little, and an epoch of the last stage loses more than that. So the recipe is nothing by itself: what it
+# (15 %), the head gains a little, and an epoch of the last stage loses more than that. So the recipe is nothing by itself: what it
 # refines must be there, and that is what pretraining brings. With ImageNet's weights expect features ahead of pixels and a gain by
 # each step (Yosinski and others; Kornblith and others); here it could not be measured. In the last row, the small network from
 # scratch.
@@ -670,23 +670,23 @@ assert (
 # ## How many classes, how many images?
 #
 # Before a folder is collected, one wants to know what pays: more classes or more images of each? The emoji can tell. Networks learn from
-# 20 to 827 of the known classes with 2, 4 or all (at most 8) drawings of each, at 16 pixels; every network looks at 36 000 images, and is
+# 20 to 827 of the known classes with 2, 4 or all (at most 8) drawings of each, at 16 pixels; every network looks at 36 000 images, and is
 # tested on all new classes. MAP@R, the mean of two seeds, which lie up to two points apart (`python
 # tests/benchmarks/own_images.py`):
 #
 # | classes | 2 images each | 4 each | all, 5 to 8 each |
 # | --: | --: | --: | --: |
-# | 20 | 13.9 % | 14.1 % | 14.5 % |
-# | 80 | 16.5 % | 17.5 % | 19.6 % |
-# | 320 | 18.2 % | 20.9 % | 22.7 % |
-# | 827 | 18.3 % | 22.1 % | 23.1 % |
+# | 20 | 13.9 % | 14.1 % | 14.5 % |
+# | 80 | 16.5 % | 17.5 % | 19.6 % |
+# | 320 | 18.2 % | 20.9 % | 22.7 % |
+# | 827 | 18.3 % | 22.1 % | 23.1 % |
 #
-# Without any training it is 15.6 % (the same two seeds: 16.6 and 14.5). Twenty classes end below that, whatever one has of each, and
+# Without any training it is 15.6 % (the same two seeds: 16.6 and 14.5). Twenty classes end below that, whatever one has of each, and
 # 80 × 2 hardly above. From there on both help: four
 # times the classes bring 2 to 5 points, up to 320 (827 bring little more here, where each class is looked at 44 times); all the
-# drawings instead of two of each bring 3 to 5, but with 20 classes next to nothing. Compare what costs the same: 1 654
-# files as 827 × 2 bring 18.3 %, 1 280 files as 320 × 4 bring 20.9; 640 files as 320 × 2 bring 18.2 %, the 557 of 80 classes 19.6; 160
-# files as 80 × 2 16.5 %, the 131 of 20 classes 14.5. (The small differences are within what a seed does.) So first enough classes,
+# drawings instead of two of each bring 3 to 5, but with 20 classes next to nothing. Compare what costs the same: 1 654
+# files as 827 × 2 bring 18.3 %, 1 280 files as 320 × 4 bring 20.9; 640 files as 320 × 2 bring 18.2 %, the 557 of 80 classes 19.6; 160
+# files as 80 × 2 16.5 %, the 131 of 20 classes 14.5. (The small differences are within what a seed does.) So first enough classes,
 # some eighty here, then more images of each. (Another kind of image, another number: the way of asking is what carries over.)
 
 # %% [markdown]
@@ -717,7 +717,7 @@ assert one_picture < uneven_scores["64 classes × 3"] - 0.01
 # %% [markdown]
 # <details><summary>Answer 1</summary>
 #
-# No: about 15 %, as without training (15 to 16, by seed), where 64 classes × 3 real drawings bring 17.4. A picture and its changed copy share what
+# No: about 15 %, as without training (15 to 16, by seed), where 64 classes × 3 real drawings bring 17.4. A picture and its changed copy share what
 # another hand would change. The changes teach to ignore changes, no more; and a batch of 96 classes may hold twins, which
 # are pushed apart.
 #

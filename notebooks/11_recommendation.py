@@ -251,7 +251,7 @@ print(f"anchor: 0ad without {names[mine[0]]}; negative: {names[order[1]]}")
 print(f"squared distances {near:.2f} and {far:.2f}, loss {max(0, near - far + 0.2):.2f}")
 
 # %% [markdown]
-# There are 1 677 libraries, so every basket can be compared with *all* of them by one matrix product. With points of length one,
+# There are 1 677 libraries, so every basket can be compared with *all* of them by one matrix product. With points of length one,
 # the nearest has the largest similarity s = 1 − d²/2. Put a smooth maximum over all negatives in the place of one, and a
 # soft corner in the place of the hinge (the *soft margin* of chapter [7](07_the_paper.ipynb), exercise 1):
 # log(1 + Σₙ exp(s(a, n) − s(a, p))), with s times a *sharpness* that is learned, too, and a **bias** for each library: how likely it
@@ -365,7 +365,7 @@ shown.round(1)
 
 # %% [markdown]
 # The untrained start is near item-kNN, as it was made to be. Training adds six and a half points, and the distance of one space, with a bias for each library, learned from triplets, does what
-# EASE's table of 1 677 × 1 677 weights does. (The first column is a mean over projects; so is a difference, below.)
+# EASE's table of 1 677 × 1 677 weights does. (The first column is a mean over projects; so is a difference, below.)
 
 # %% alt="Differences in Recall@10 between triplets and each rival with 95 % intervals over projects: none to EASE, 3 to 4 points on item-kNN, 6 to 7 on the untrained start, 14 on truncated SVD, 46 on popularity."
 figure, ax = plt.subplots(figsize=(8, 3))
@@ -391,15 +391,15 @@ plt.show()
 # others, 2008) and collaborative metric learning (Hsieh and others, 2017: hinges on triplets of project, library used, library not used; `python
 # tests/benchmarks/libraries.py --final`; means and standard deviations):
 #
-# | | Recall@10 | NDCG@10 | libraries | to the top 14 | Recall less EASE's (95 %, paired) |
+# | | Recall@10 | NDCG@10 | libraries | to the top 14 | Recall less EASE's (95 %, paired) |
 # | --- | --- | --- | --- | --- | --- |
-# | popularity | 10.5 ± 0.3 % | 6.3 % | 15 | 100 % | −46.2 |
-# | truncated SVD, 64 | 41.7 ± 0.6 % | 31.0 % | 632 | 3 % | −15.0 |
-# | collaborative metric learning | 51.5 ± 0.3 % | 39.1 % | 1 559 | 9 % | −5.2 (−6.1 to −4.3) |
-# | item-kNN | 53.0 ± 1.0 % | 41.2 % | 1 258 | 9 % | −3.7 (−4.6 to −2.9) |
-# | weighted ALS, 128 | 53.4 ± 0.9 % | 40.9 % | 1 314 | 4 % | −3.2 (−4.3 to −2.2) |
-# | EASE | 56.7 ± 0.6 % | 45.1 % | 1 345 | 11 % | |
-# | triplets | 56.7 ± 1.4 % | 44.6 % | 1 454 | 10 % | 0.0 (−0.8 to 0.8) |
+# | popularity | 10.5 ± 0.3 % | 6.3 % | 15 | 100 % | −46.2 |
+# | truncated SVD, 64 | 41.7 ± 0.6 % | 31.0 % | 632 | 3 % | −15.0 |
+# | collaborative metric learning | 51.5 ± 0.3 % | 39.1 % | 1 559 | 9 % | −5.2 (−6.1 to −4.3) |
+# | item-kNN | 53.0 ± 1.0 % | 41.2 % | 1 258 | 9 % | −3.7 (−4.6 to −2.9) |
+# | weighted ALS, 128 | 53.4 ± 0.9 % | 40.9 % | 1 314 | 4 % | −3.2 (−4.3 to −2.2) |
+# | EASE | 56.7 ± 0.6 % | 45.1 % | 1 345 | 11 % | |
+# | triplets | 56.7 ± 1.4 % | 44.6 % | 1 454 | 10 % | 0.0 (−0.8 to 0.8) |
 #
 # Triplets recommend a hundred libraries more than EASE at the same recall; EASE puts its hits a little earlier (in each of the three runs;
 # no interval was taken). Why not better? Perhaps because every
@@ -469,7 +469,7 @@ digits = {"β": 2, "Recall@10": 1, "to the top 14": 1}
 print((trade * [1, 100, 1, 100]).round(digits).to_string(index=False))
 
 # %% [markdown]
-# The learned bias (β = 0) is where recall is highest, or nearly. β = 0.5 costs three points, nearly halves the share of the top 14 (from 10.0 to 5.7 %)
+# The learned bias (β = 0) is where recall is highest, or nearly. β = 0.5 costs three points, nearly halves the share of the top 14 (from 10.0 to 5.7 %)
 # and shows 150 libraries more. What is right is no question of mathematics: a shop that wants to be discovered in all its corners chooses
 # otherwise than a builder who wants the next missing piece.
 #
@@ -530,8 +530,8 @@ for name in ("libgtk-3-dev", "python3-numpy", "libsdl2-dev", "libssl-dev"):
     print(f"{name:14}", *names[nearest], sep="  ")
 
 # %% [markdown]
-# The islands are in the table itself: by the plain cosines of its columns 98 % have one of their own language nearest, too (by chance it
-# would be 10 %).
+# The islands are in the table itself: by the plain cosines of its columns 98 % have one of their own language nearest, too (by chance it
+# would be 10 %).
 #
 # Neighbours are what is used *together* (NumPy and SciPy, the parts of SDL), not what does the same. OpenSSL, which programs of all kinds use, has
 # neighbours of all kinds.
@@ -592,8 +592,8 @@ assert lost["hardest only"] > lost["triplets"]
 assert table["triplets"]["Recall@10"] > table["hardest only"]["Recall@10"] + 0.02
 
 # %% [markdown]
-# With the hardest only, training ends near where it started (50 %), six points behind. Unseen positives have their share in that: as negatives
-# they cost it 2.2 points, and the loss over all 0.6. The rest is not their doing: one negative of 1 677 says little about where all
+# With the hardest only, training ends near where it started (50 %), six points behind. Unseen positives have their share in that: as negatives
+# they cost it 2.2 points, and the loss over all 0.6. The rest is not their doing: one negative of 1 677 says little about where all
 # others belong. (The settings, too, were chosen for the loss over all.) In chapter 4 batch-hard was cured by smaller batches; here
 # all negatives speak.
 #
@@ -626,8 +626,8 @@ assert from_random[0.002] < from_random[0.01] - 0.05
 # %% [markdown]
 # <details><summary>Answer 1</summary>
 #
-# At the same rate 42 % are found instead of 57, because at that rate twelve epochs are too few to come so far. At a rate
-# of 0.01 it is 56 %, in as many epochs. So the start is worth little if the rate fits: it spares large steps.
+# At the same rate 42 % are found instead of 57, because at that rate twelve epochs are too few to come so far. At a rate
+# of 0.01 it is 56 %, in as many epochs. So the start is worth little if the rate fits: it spares large steps.
 #
 # </details>
 
@@ -672,7 +672,7 @@ assert together > table["triplets"]["Recall@10"]
 # %% [markdown]
 # <details><summary>Answer 3</summary>
 #
-# Together they find 57.7 %, 0.7 points more than EASE alone (57.0) and a point more than triplets; the paired interval to EASE begins at
+# Together they find 57.7 %, 0.7 points more than EASE alone (57.0) and a point more than triplets; the paired interval to EASE begins at
 # zero, so be careful. Two methods that err differently are often better together.
 #
 # </details>
@@ -703,13 +703,13 @@ assert together > table["triplets"]["Recall@10"]
 # </details>
 
 # %% [markdown]
-# **3.** Recall@10 rose from 11 % (popularity) to over 50 %. Which of the four numbers would show at once that a method recommends the same to all?
+# **3.** Recall@10 rose from 11 % (popularity) to over 50 %. Which of the four numbers would show at once that a method recommends the same to all?
 #
 # a) NDCG@10 · b) The number of different libraries recommended. · c) Recall@10
 #
 # <details><summary>Answer</summary>
 #
-# **b.** Some sixteen of 1 677 (and not ten, because what a project already uses is not recommended). *a* and *c* are means over projects, and say nothing of how the lists differ.
+# **b.** Some sixteen of 1 677 (and not ten, because what a project already uses is not recommended). *a* and *c* are means over projects, and say nothing of how the lists differ.
 #
 # </details>
 
@@ -720,7 +720,7 @@ assert together > table["triplets"]["Recall@10"]
 #
 # <details><summary>Answer</summary>
 #
-# **a.** With a third of each list hidden, it was a hidden use in 35 % of the projects, and such negatives cost it 2.2 points. *b* is not so for near neighbours of a special basket; *c* is wrong because all similarities are computed anyway.
+# **a.** With a third of each list hidden, it was a hidden use in 35 % of the projects, and such negatives cost it 2.2 points. *b* is not so for near neighbours of a special basket; *c* is wrong because all similarities are computed anyway.
 #
 # </details>
 

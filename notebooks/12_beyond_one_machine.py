@@ -190,7 +190,7 @@ assert torch.isclose(loss, by_hand.sum() / number)
 # ## A memory of past batches
 #
 # A triplet needs a positive. When a GPU holds only 64 images at a time, and they are drawn at random from 827 emoji with five to eight drawings each (chapter
-# [8](08_image_retrieval.ipynb), at half size to save time), how many anchors find one? And how many would, if the 2 048 images before were still there?
+# [8](08_image_retrieval.ipynb), at half size to save time), how many anchors find one? And how many would, if the 2 048 images before were still there?
 
 # %%
 emoji, new = load_emoji("train"), load_emoji("test")
@@ -311,7 +311,7 @@ assert first_right["with memory"] > first_right["at random"] + 0.05
 assert (a & ~b).sum() > 1.5 * (b & ~a).sum()
 
 # %% [markdown]
-# Paired on the same 2 450 drawings, the memory wins 413 first answers and loses 124: Recall@1 rises from 28.7 to 40.5 %. The simplest rival does as well: balanced batches reach 40.4 %, at less cost a step. And pixels find 39.2 % without training: two epochs are little (chapter 8 takes twelve), but enough to compare ways of making batches.
+# Paired on the same 2 450 drawings, the memory wins 413 first answers and loses 124: Recall@1 rises from 28.7 to 40.5 %. The simplest rival does as well: balanced batches reach 40.4 %, at less cost a step. And pixels find 39.2 % without training: two epochs are little (chapter 8 takes twelve), but enough to compare ways of making batches.
 # Why may embeddings be stale at all? Because the network changes slowly, says the paper (*slow drift*). Look at it.
 
 
@@ -359,23 +359,23 @@ assert each[0] > 20 * each[-1]
 assert each[0] > 0.3
 
 # %% [markdown]
-# So drift is *not* slow here, at first. A memory of 2 048 holds 32 batches, and in half of that time an image moves, squared, 0.86 times as far as two classes lie apart at the end. In the last steps it is a thousandth, because the learning rate falls. Early
-# memories are therefore nearly wrong; but a memory that starts after 1 000 images does no better (40.2 % against 40.5, on classes held back, three seeds of `tests/benchmarks/cross_batch_memory.py`).
+# So drift is *not* slow here, at first. A memory of 2 048 holds 32 batches, and in half of that time an image moves, squared, 0.86 times as far as two classes lie apart at the end. In the last steps it is a thousandth, because the learning rate falls. Early
+# memories are therefore nearly wrong; but a memory that starts after 1 000 images does no better (40.2 % against 40.5, on classes held back, three seeds of `tests/benchmarks/cross_batch_memory.py`).
 
 # %% [markdown]
 # One seed decides little, and a step with a memory costs more than one without. So that program, with `--final`, gives every way the same seconds (three epochs with a memory, four without, six of batches of 256) and asks for the same new drawings, with five seeds:
 #
-# | way, equal seconds | Recall@1 (mean ± standard deviation) | minus random batches with memory (95 % interval) |
+# | way, equal seconds | Recall@1 (mean ± standard deviation) | minus random batches with memory (95 % interval) |
 # |---|---|---|
-# | random batches of 64 | 29.4 ± 1.6 % | −11.7 (−14.3 to −9.1) |
-# | random batches of 256 | 37.7 ± 1.4 % | −3.4 (−5.3 to −1.5) |
-# | random batches of 64, memory of 2 048 | 41.1 ± 0.8 % | |
-# | balanced batches of 16 × 4 | 43.1 ± 1.5 % | 2.0 (0.7 to 3.3) |
-# | balanced batches, memory of 2 048 | 25.9 ± 2.7 % | −15.3 (−18.1 to −12.5) |
+# | random batches of 64 | 29.4 ± 1.6 % | −11.7 (−14.3 to −9.1) |
+# | random batches of 256 | 37.7 ± 1.4 % | −3.4 (−5.3 to −1.5) |
+# | random batches of 64, memory of 2 048 | 41.1 ± 0.8 % | |
+# | balanced batches of 16 × 4 | 43.1 ± 1.5 % | 2.0 (0.7 to 3.3) |
+# | balanced batches, memory of 2 048 | 25.9 ± 2.7 % | −15.3 (−18.1 to −12.5) |
 #
 # A memory beats the larger batch that the same seconds buy, and balanced batches beat the memory. It is for where balanced batches cannot be drawn: classes that are not known in advance, or that come as a stream.
 #
-# Its price grows with its rows: the loss of 64 images takes 3 ms alone, 22 with 1 024 rows, 127 with 4 096 and 677 with 16 384, beside 42 ms of the network (`--cost`, one thread); a row is kept in 3 KiB, where an image in the batch keeps 278 KiB for the way back.
+# Its price grows with its rows: the loss of 64 images takes 3 ms alone, 22 with 1 024 rows, 127 with 4 096 and 677 with 16 384, beside 42 ms of the network (`--cost`, one thread); a row is kept in 3 KiB, where an image in the batch keeps 278 KiB for the way back.
 
 # %% [markdown]
 # A memory must also survive a break. Stop a small run when its second epoch begins, and start it again from its checkpoint with an *empty* memory: are the weights those of a run without a break?
@@ -613,7 +613,7 @@ before = memory()
 # %% [markdown]
 # ### Ten million, made from sixty thousand
 #
-# No data set of ten million pictures comes with this book, so we make vectors from real ones and say how. The real ones are the 60 000 training digits, each as its first 32 principal components. PCA, because it takes a moment and needs no training; what a network would give is
+# No data set of ten million pictures comes with this book, so we make vectors from real ones and say how. The real ones are the 60 000 training digits, each as its first 32 principal components. PCA, because it takes a moment and needs no training; what a network would give is
 # searched in the same way. A made vector lies at a random place between a real digit and one of its eight nearest of the same class, moved a little at random in all 32 directions. **Queries are real**: 250 test digits.
 
 # %% tags=["nbval-ignore-output"]
@@ -642,7 +642,7 @@ def make(count, seed):
 
 
 # %% [markdown]
-# Are made vectors as hard to search as real ones? Put 60 000 of each into the same small index and ask it the same queries. If the made ones crowded in fewer places, or lay on lines,
+# Are made vectors as hard to search as real ones? Put 60 000 of each into the same small index and ask it the same queries. If the made ones crowded in fewer places, or lay on lines,
 # the index would find their neighbours more easily.
 
 
@@ -675,7 +675,7 @@ for name, (nearest, tenth, share) in trial.items():
 assert abs(trial["60 000 made"][2] - trial["60 000 real"][2]) < 0.06
 
 # %% [markdown]
-# They are about as hard. With ten million the likeness will end, because made vectors only fill the gaps between the 60 000 real ones: the nearest hardly come nearer, but there are *many* at nearly the same distance. That makes their order harder to get right
+# They are about as hard. With ten million the likeness will end, because made vectors only fill the gaps between the 60 000 real ones: the nearest hardly come nearer, but there are *many* at nearly the same distance. That makes their order harder to get right
 # than in a real catalogue. Nothing below says how well digits are recognised; only what an index finds, how fast, in how much memory.
 #
 # ### Written once, read in chunks
@@ -733,11 +733,11 @@ print(f"{exact_ms:.0f} ms a query; the nearest at {nearest:.2f}, the tenth at {t
 assert tenth / nearest < 1.2 < trial["60 000 real"][1] / trial["60 000 real"][0]
 
 # %% [markdown]
-# The tenth nearest is only a tenth farther than the nearest; among the 60 000 real ones it was a third. Such crowding is what approximate search finds hard.
+# The tenth nearest is only a tenth farther than the nearest; among the 60 000 real ones it was a third. Such crowding is what approximate search finds hard.
 #
 # ### Codes of eight bytes
 #
-# `index_factory` builds an index from a word. `IVF2048` are 2 048 **cells** (*inverted lists*), found by k-means; their centres, which say roughly where a vector lies, are the **coarse quantiser**. `PQ8` is **product quantisation**, as in chapter 8, of the
+# `index_factory` builds an index from a word. `IVF2048` are 2 048 **cells** (*inverted lists*), found by k-means; their centres, which say roughly where a vector lies, are the **coarse quantiser**. `PQ8` is **product quantisation**, as in chapter 8, of the
 # *difference* from the cell's centre: 8 pieces of four numbers, a byte each. With its row number, eight bytes more, a vector takes 16 bytes instead of 128. (`np` leaves out *polysemous* codes, which take most of the training and are not used here.)
 
 # %% tags=["nbval-ignore-output"]
@@ -757,8 +757,8 @@ print(f"added {index.ntotal:,} in {add_seconds:.0f} s")
 assert index.ntotal == COUNT
 
 # %% [markdown]
-# **Training** places the centres and learns the codes, from a sample: every hundredth vector of every chunk, 49 a cell (FAISS warns below 39). **Adding** finds each vector's cell and writes its code. Ten million times 2 048 distances are most of the work, so there
-# are no more cells here; FAISS's guidelines say 65 536 for ten million, with a graph to find the cell (`IVF65536_HNSW32`).
+# **Training** places the centres and learns the codes, from a sample: every hundredth vector of every chunk, 49 a cell (FAISS warns below 39). **Adding** finds each vector's cell and writes its code. Ten million times 2 048 distances are most of the work, so there
+# are no more cells here; FAISS's guidelines say 65 536 for ten million, with a graph to find the cell (`IVF65536_HNSW32`).
 
 # %% tags=["nbval-ignore-output"]
 centres = index.nlist * 32 * 4
@@ -851,7 +851,7 @@ ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 plt.show()
 
 # %% [markdown]
-# The small numbers are `nprobe`. With codes alone recall stops at 40 % from eight cells on, because the codes cannot put neighbours in order that lie so close (exercise 3). Re-ranked, the same search gives 93 %, for about a tenth of a millisecond more. The file was in the system's
+# The small numbers are `nprobe`. With codes alone recall stops at 40 % from eight cells on, because the codes cannot put neighbours in order that lie so close (exercise 3). Re-ranked, the same search gives 93 %, for about a tenth of a millisecond more. The file was in the system's
 # cache here; from a cold disk a hundred scattered rows a query cost more, so use a fast one (SSD).
 #
 # ### On the disk
@@ -947,7 +947,7 @@ assert not memory("VmHWM") - before > 2000
 # ### A billion, on paper
 #
 # What would a hundred times as much take? Memory is bytes a code, plus eight for the row number, times the count. Of Deep1B, a billion vectors of 96 numbers, FAISS's authors publish finished indices, with the share of queries whose nearest comes first (R@1) and the time on 32 cores:
-# [16.6 GB with 8-byte codes (24 %, 0.1 ms), 72.8 GB with 64-byte codes (83 %, 0.6 ms)](https://github.com/facebookresearch/faiss/wiki/Indexing-1G-vectors). Does the rule agree?
+# [16.6 GB with 8-byte codes (24 %, 0.1 ms), 72.8 GB with 64-byte codes (83 %, 0.6 ms)](https://github.com/facebookresearch/faiss/wiki/Indexing-1G-vectors). Does the rule agree?
 
 # %%
 published = {8: 16_562_276_272, 64: 72_830_801_840}  # OPQ8_64 and OPQ64_128,IVF1048576_HNSW32
@@ -971,8 +971,8 @@ print(f"adding a billion to 2 048 cells: {add_seconds * 100 / 60:.0f} minutes")
 print(f"an exact search among a billion: {exact_ms / 10:.1f} s a query")
 
 # %% [markdown]
-# The rule is right to 5 %; what it leaves out are the centres and their graph. The scaled times say why there are a million cells: with only ten times ours a query scans ten times the codes, with 1 048 576, of which it looks into 64, fewer than here (finding those 64 is not counted; there is the graph for that). Their k-means wants 30 million vectors or more, on a GPU.
-# On four GPUs a billion vectors in 20-byte codes [answered a query in 0.013 ms with R@1 of 45 %](https://github.com/facebookresearch/faiss/blob/main/benchs/README.md), and a graph of the neighbours of a billion took [under 12 hours](https://arxiv.org/abs/1702.08734).
+# The rule is right to 5 %; what it leaves out are the centres and their graph. The scaled times say why there are a million cells: with only ten times ours a query scans ten times the codes, with 1 048 576, of which it looks into 64, fewer than here (finding those 64 is not counted; there is the graph for that). Their k-means wants 30 million vectors or more, on a GPU.
+# On four GPUs a billion vectors in 20-byte codes [answered a query in 0.013 ms with R@1 of 45 %](https://github.com/facebookresearch/faiss/blob/main/benchs/README.md), and a graph of the neighbours of a billion took [under 12 hours](https://arxiv.org/abs/1702.08734).
 
 # %% [markdown]
 # A plan, then: 8-byte codes of a billion are 16 GB, one machine of 32 GB or eight shards of 2 GB; 64-byte codes one of 96 GB. The vectors for re-ranking, 64 GB as 32 numbers of 16 bits, lie on an SSD. Train on a GPU, add in parallel, and measure recall against an exact search of all of it in chunks, for a few hundred queries: on a part of the catalogue an index looks better than it is (next table).
@@ -1040,7 +1040,7 @@ ax.set(xlabel="queries in all", ylabel="seconds, building included")
 plt.show()
 
 # %% [markdown]
-# With ten million vectors the building has paid off after some six hundred queries here (FAISS's guidelines say 1 000 to 10 000); with a hundred thousand after thousands, and they fit into 13 MB as they are; with ten thousand never, because an exact query takes no longer
+# With ten million vectors the building has paid off after some six hundred queries here (FAISS's guidelines say 1 000 to 10 000); with a hundred thousand after thousands, and they fit into 13 MB as they are; with ten thousand never, because an exact query takes no longer
 # than one to the index. So ask a small catalogue exactly, and a large one too if there are only a few hundred questions.
 
 # %% [markdown]
@@ -1052,7 +1052,7 @@ plt.show()
 # |---|---|---|---|
 # | a batch, for positives | balanced batches; where they cannot be drawn, a memory | distances n × r, to rows that are stale | where balanced batches can be drawn |
 # | one machine's time | processes on several machines or GPUs | an exchange at each step | on one machine's CPU |
-# | memory for vectors | codes, a file, shards | recall, and vectors on the disk to re-rank | for a few hundred queries, or below 100 000 vectors |
+# | memory for vectors | codes, a file, shards | recall, and vectors on the disk to re-rank | for a few hundred queries, or below 100 000 vectors |
 # | labels | a boolean matrix `same` | n × r of it | where labels say it |
 #
 # ## When it goes wrong
@@ -1175,7 +1175,7 @@ assert samples["the first 20 000"][0] < samples["every 5th"][0] - 0.05
 assert samples["the first 20 000"][1] > 1.3 * samples["every 5th"][1]
 
 # %% [markdown]
-# Trained on the first fifth, all zeros and nine of ten ones, the index finds 44 % of the ten nearest instead of 68, although it looks at nearly three times as many codes: the other digits crowd into a few cells. FAISS cannot see this. Draw the sample from everywhere, and
+# Trained on the first fifth, all zeros and nine of ten ones, the index finds 44 % of the ten nearest instead of 68, although it looks at nearly three times as many codes: the other digits crowd into a few cells. FAISS cannot see this. Draw the sample from everywhere, and
 # train anew when the catalogue has changed.
 #
 # **`nprobe` left at 1.** That is FAISS's default. The index then answers from a single cell, fast and without complaint, and re-ranking cannot mend it, because what lies in a cell that was not looked into is no candidate. Compare with an exact search of a few hundred queries before anything goes live.
@@ -1234,7 +1234,7 @@ assert torch.allclose(gradient_of(shared), gradient_of(mean), rtol=1e-3, atol=1e
 
 
 # %% [markdown]
-# **2.** How many rows must a memory have so that nine of ten anchors of a random batch of 64 find a positive? Write a formula for classes of about seven drawings among 5 834, and compare it with `with_positive`. What would ten times as many classes need?
+# **2.** How many rows must a memory have so that nine of ten anchors of a random batch of 64 find a positive? Write a formula for classes of about seven drawings among 5 834, and compare it with `with_positive`. What would ten times as many classes need?
 
 # %%
 # Your attempt
@@ -1257,14 +1257,14 @@ assert 9 < rows_needed(0.9, 10 * len(kinds)) / needed < 11
 # %% [markdown]
 # <details><summary>Answer 2</summary>
 #
-# About 2 200. Of 5 834 drawings some six are siblings, so that one of the others is none with probability 1 − 6/5 833; nine of ten anchors have at least one sibling when that to the power of the number of others is a tenth. With ten times as many classes ten times as many
+# About 2 200. Of 5 834 drawings some six are siblings, so that one of the others is none with probability 1 − 6/5 833; nine of ten anchors have at least one sibling when that to the power of the number of others is a tenth. With ten times as many classes ten times as many
 # rows: the memory has to grow with the number of classes. A balanced batch does not.
 #
 # </details>
 
 
 # %% [markdown]
-# **3.** How many candidates does re-ranking need? Fetch 10, 30, 100, 300 and 1 000 from the index of ten million. What is recall after re-ranking, and why can it never be more than the share of the ten nearest that are among the candidates?
+# **3.** How many candidates does re-ranking need? Fetch 10, 30, 100, 300 and 1 000 from the index of ten million. What is recall after re-ranking, and why can it never be more than the share of the ten nearest that are among the candidates?
 
 # %%
 # Your attempt
@@ -1282,7 +1282,7 @@ assert by_count[10] < 0.5 < by_count[30] < 0.8 < by_count[100] < 0.97 < by_count
 # %% [markdown]
 # <details><summary>Answer 3</summary>
 #
-# 40, 69, 93, 99 and nearly 100 %. Re-ranking by true distances puts every one of the ten nearest that is a candidate into the first ten, since at most nine others are nearer. So it finds exactly those among the candidates, and no more. A hundred are enough for most; what is missing with a thousand lies in cells that were not looked into.
+# 40, 69, 93, 99 and nearly 100 %. Re-ranking by true distances puts every one of the ten nearest that is a candidate into the first ten, since at most nine others are nearer. So it finds exactly those among the candidates, and no more. A hundred are enough for most; what is missing with a thousand lies in cells that were not looked into.
 #
 # </details>
 
@@ -1303,7 +1303,7 @@ assert shares_left.min() <= 0.5
 # %% [markdown]
 # <details><summary>Answer 4</summary>
 #
-# About 75 % on average, because every fourth vector is gone, whoever is asked; for the worst query half or less. If machines held classes, most queries would lose nothing and those of the missing classes nearly everything. Spread at random, all lose a little, which is noticed by few and by measuring only; so keep a second copy (*replica*) of each shard.
+# About 75 % on average, because every fourth vector is gone, whoever is asked; for the worst query half or less. If machines held classes, most queries would lose nothing and those of the missing classes nearly everything. Spread at random, all lose a little, which is noticed by few and by measuring only; so keep a second copy (*replica*) of each shard.
 #
 # </details>
 
@@ -1355,7 +1355,7 @@ assert not memory("VmHWM") - before > 2000
 # </details>
 
 # %% [markdown]
-# **4.** An IVF-PQ index finds 40 % of the ten nearest, with eight cells as with sixty-four. What helps?
+# **4.** An IVF-PQ index finds 40 % of the ten nearest, with eight cells as with sixty-four. What helps?
 #
 # a) A hundred and twenty-eight cells. · b) Re-ranking more candidates by their true distances. · c) Training on more vectors.
 #
@@ -1366,13 +1366,13 @@ assert not memory("VmHWM") - before > 2000
 # </details>
 
 # %% [markdown]
-# **5.** Somebody has 50 000 embeddings and asks a thousand questions a day. Which index?
+# **5.** Somebody has 50 000 embeddings and asks a thousand questions a day. Which index?
 #
 # a) IVF-PQ, because it is fastest. · b) Four shards, to be safe. · c) None: exact search.
 #
 # <details><summary>Answer</summary>
 #
-# **c.** A thousand questions take a fraction of a second a day, and that is all an index could save. Exact search misses nothing, needs no training, and 50 000 × 64 numbers are 13 MB.
+# **c.** A thousand questions take a fraction of a second a day, and that is all an index could save. Exact search misses nothing, needs no training, and 50 000 × 64 numbers are 13 MB.
 #
 # </details>
 

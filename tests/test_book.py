@@ -195,6 +195,16 @@ def test_links_to_files_resolve(page):
             assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_of_text_ends_inside_a_number(page):
+    text = "\n".join(texts_of(page))
+    without_code = re.sub(
+        r"(?ms)^```.*?^```|^    [^\n]*|`[^`\n]*`|\$[^$\n]*\$|\]\([^)]*\)", "", text
+    )
+    # A no-break space between thousands and before a percent sign, which editors show.
+    assert re.findall(r"\d (?:\d{3}(?!\d)|%)", without_code) == []
+
+
 def test_a_word_of_the_glossary_stands_in_the_chapter_that_is_named():
     (table,) = texts_of(NOTEBOOKS / "glossary.md")
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \[(\d+)\]\(([^)]+)\) \|$", table, re.MULTILINE)

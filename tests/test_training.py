@@ -215,6 +215,16 @@ def test_the_bar_shows_loss_and_active_fraction(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_the_bar_of_a_run_that_is_only_read_again_shows_no_time(tmp_path, capsys):
+    options = {"checkpoint": tmp_path / "run.pt", "epochs": 1}
+    fitted(**options, progress=True)
+    assert "batch/s" in capsys.readouterr().out
+    fitted(**options, progress=True)
+    shown = capsys.readouterr().out
+    assert "7/7 trained before" in shown
+    assert "batch/s" not in shown
+
+
 class Detached(SmallNet):
     def forward(self, images):
         return super().forward(images).detach()
