@@ -87,7 +87,6 @@ def test_a_process_that_dies_ends_all_and_the_checkpoint_goes_on(tmp_path):
     assert [file.name for file in broken.iterdir()] == ["run.pt"]
     again = torchrun(2, "kept", broken)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("28/28") == 1  # one bar
     runs = [torch.load(folder / f"kept.{rank}.pt", weights_only=False)
             for folder in (whole, broken) for rank in (0, 1)]  # fmt: skip
     for run in runs[1:]:

@@ -1,5 +1,7 @@
 """What several processes do together in test_processes.py: torchrun starts this file in each."""
 
+import contextlib
+import io
 import os
 import sys
 import warnings
@@ -170,10 +172,12 @@ def kept(folder, rank, number, *, die_at=None):
         if rank == 1 and len(history) == die_at:
             os._exit(3)
 
-    network, history = fitted(
-        SmallNet().double(), Listed(0.1), None, workers=0, epochs=4, seed=None,
-        checkpoint=folder / "run.pt", callback=callback, progress=True,
-    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        network, history = fitted(
+            SmallNet().double(), Listed(0.1), None, workers=0, epochs=4, seed=None,
+            checkpoint=folder / "run.pt", callback=callback, progress=True,
+        )  # fmt: skip
+    assert ("28/28" in said.getvalue()) == (rank == 0)
     torch.save([history["loss"], *network.state_dict().values()], folder / f"kept.{rank}.pt")
 
 
