@@ -1,4 +1,5 @@
 import csv
+import functools
 import gzip
 import re
 
@@ -19,11 +20,16 @@ def table():
         return list(csv.DictReader(stream))
 
 
+@functools.cache
+def sheet(designer):
+    with Image.open(RAW / f"{designer}.webp") as picture:
+        return picture.convert("RGB")
+
+
 def cut_out(designer, place):
     """The picture as a reader would crop it from the designer's sheet."""
-    with Image.open(RAW / f"{designer}.webp") as sheet:
-        left, top = 32 * (place % 40), 32 * (place // 40)
-        return np.array(sheet.convert("RGB").crop((left, top, left + 32, top + 32)))
+    left, top = 32 * (place % 40), 32 * (place // 40)
+    return np.array(sheet(designer).crop((left, top, left + 32, top + 32)))
 
 
 def listed(split):
