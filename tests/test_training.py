@@ -699,6 +699,19 @@ def test_training_on_a_device_without_float64_or_numpy():
     assert rows.device.type == "cpu"
 
 
+def test_hooks_of_the_default_loss_are_called():
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        loss, called = TripletLoss(), []
+        getattr(loss, f"register_{kind}_hook")(lambda *_, called=called: called.append(1))
+        history = fitted(loss=loss)[1]
+        assert len(called) == len(history), kind
+    loss, called = TripletLoss(), []
+    forward = loss.forward
+    loss.forward = lambda *given: called.append(1) or forward(*given)
+    history = fitted(loss=loss)[1]
+    assert len(called) == len(history)
+
+
 @pytest.mark.parametrize("collapse", [False, True])
 def test_what_the_loss_counts_is_what_a_look_at_all_pairs_gives(collapse):
     images = torch.zeros_like(IMAGES) if collapse else IMAGES

@@ -65,7 +65,7 @@ class Pairs:
     def negatives(self) -> Tensor:
         """How many negatives each anchor has."""
         if self._labels is not None:
-            return len(self._labels) - self._classes[1].index_select(0, self._classes[0])
+            return len(self._labels) - self.classes[1].index_select(0, self.classes[0])
         return (~self.alike).sum(dim=1)
 
     @cached_property
@@ -76,7 +76,7 @@ class Pairs:
         return self.positive.sum(dim=1)
 
     @cached_property
-    def _classes(self) -> tuple[Tensor, Tensor]:
+    def classes(self) -> tuple[Tensor, Tensor]:
         """Of labels: which class each sample is of, and how large each class is."""
         return self._labels.unique(return_inverse=True, return_counts=True)[1:]
 
@@ -110,7 +110,7 @@ class Pairs:
 
         (One matrix of few columns; `alike` and `positive` are as large as the distances.)
         """
-        which, sizes = self._classes
+        which, sizes = self.classes
         device, n = self._labels.device, len(self._labels)
         place = torch.arange(int(sizes.max()) if n else 0, device=device)
         first = (sizes.cumsum(dim=0) - sizes).index_select(0, which)

@@ -862,18 +862,25 @@ def _value_and_active(
 ) -> tuple[Tensor, Tensor | None]:
     """Give the loss, and the number of active triplets if it is what the loss counts anyway."""
     is_exact = type(loss) is TripletLoss and (loss.mining, loss.soft) == ("all", False)
-    if not is_exact or not loss.squared or loss.margin < 0 or loss._forward_hooks:
+    if not is_exact or not loss.squared or loss.margin < 0 or _is_changed(loss):
         return loss(embeddings, labels), None
     return batch_all_triplet_loss(embeddings, labels, loss.margin, return_active=True)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class says, by hooks or another forward."""
+    own = vars(module)
+    return "forward" in own or any(own[name] for name in own if name.endswith("hooks"))
 
 
 def _triplet_columns(
     embeddings: Tensor, labels: Tensor, loss: object, active: Tensor | None
 ) -> dict[str, float]:
     if active is not None:
-        near, far, spread = squared_distances_and_spread(embeddings, labels)
+        pairs = Pairs(labels)
+        near, far, spread = squared_distances_and_spread(embeddings, pairs)
         return {
-            "active": int(active) / max(Pairs(labels).count_valid(), 1),
+            "active": int(active) / max(pairs.count_valid(), 1),
             "positive_distance": near,
             "negative_distance": far,
             "spread": spread,

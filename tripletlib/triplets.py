@@ -153,20 +153,19 @@ def _from_the_first(points: Tensor) -> tuple[Tensor, Tensor]:
     return points / size - points[0] / size, size
 
 
-def squared_distances_and_spread(embeddings: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """Give the mean squared distances of positives and of negatives, and the spread.
+def squared_distances_and_spread(embeddings: Tensor, pairs: Pairs) -> tuple[float, float, float]:
+    """Give the mean squared distances of positives and of negatives by labels, and the spread.
 
     The squared distances of all pairs of n points add up to n times those from their mean, twice,
     so that no pair has to be looked at.
     """
     points, size = _from_the_first(embeddings)
-    _, which, sizes = labels.unique(return_inverse=True, return_counts=True)
-    sizes = sizes.to(points)
+    which, sizes = pairs.classes[0], pairs.classes[1].to(points)
     sums = points.new_zeros(len(sizes), points.shape[1]).index_add_(0, which, points)
     own = (points - (sums / sizes[:, None])[which]).square().sum(dim=1)
     mean_square = (points - points.mean(dim=0)).square().sum(dim=1).mean()
     n = len(points)
-    positives, negatives = (sizes * (sizes - 1)).sum(), n * n - sizes.square().sum()
+    positives, negatives = pairs.positives.sum(), pairs.negatives.sum()
     near, every = 2 * (sizes[which] * own).sum(), 2 * n * n * mean_square
     scale = size.square()
     most = torch.finfo(points.dtype).max
