@@ -88,12 +88,13 @@ _GENERATORS = (torch.Generator, np.random.BitGenerator, np.random.RandomState, r
 _GLOBAL_GENERATORS = (torch.default_generator, np.random.mtrand._rand, random._inst)
 _GLOBAL_GENERATORS += (np.random.mtrand._rand._bit_generator,)
 _PLAIN = (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset)
-# Of a class: what Python or torch writes there, and which says nothing of what it does.
+# Of a class: what Python or torch writes there, and which says nothing of what it does (some of it
+# only once an instance has been pickled, say).
 _NOT_CODE = {
     *("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__firstlineno__"),
     *("__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
     *("__conditional_annotations__", "__parameters__", "__orig_bases__"),
-    *("_abc_impl", "_backward_cls"),
+    *("_abc_impl", "_backward_cls", "__slotnames__"),
 }
 
 
@@ -255,6 +256,9 @@ class _Walk:
         if _is_of_library(function):
             self._named(function)
             return
+        if _is_dispatcher(function):  # what it holds besides is a cache
+            self._parts(registry=function.registry)
+            return
         code = function.__code__
         self._code(code)
         self._parts(defaults=function.__defaults__, keywords=function.__kwdefaults__)
@@ -293,7 +297,10 @@ class _Walk:
             return
         self.put(kind.__qualname__)
         self._parts(kind=type(kind), bases=kind.__bases__)
-        self._attributes({k: v for k, v in vars(kind).items() if k not in _NOT_CODE})
+        attributes = {k: v for k, v in vars(kind).items() if k not in _NOT_CODE}
+        if issubclass(kind, torch.optim.Optimizer):
+            attributes |= {"step": _step(kind)}
+        self._attributes(attributes)
 
     def _object(self, thing: object) -> None:
         """Tell any other object by its attributes, or as pickle would, where C holds them."""
@@ -371,6 +378,18 @@ def _has_parts_in_c(kind: type) -> bool:
     return any(
         isinstance(vars(of).get("__new__"), made_in_c) for of in kind.__mro__ if of not in known
     )
+
+
+def _step(kind: type[torch.optim.Optimizer]) -> object:
+    """Give an optimiser's step without the wrapper that torch puts around it at its first use."""
+    step = kind.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def _is_dispatcher(function: types.FunctionType) -> bool:
+    """Whether a function is one of several by its first argument's type (functools)."""
+    registry = getattr(function, "registry", None)
+    return isinstance(registry, types.MappingProxyType) and hasattr(function, "dispatch")
 
 
 def _content(cell: types.CellType) -> object:
