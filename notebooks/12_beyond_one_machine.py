@@ -40,6 +40,7 @@ from tempfile import TemporaryDirectory
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 import torch.nn.functional as F
 from matplotlib.ticker import PercentFormatter
@@ -501,15 +502,21 @@ assert is_same
 
 # %% tags=["nbval-ignore-output"]
 (here / "timed.py").write_text("""
-import json, os, resource, sys, numpy as np, torch
+import json, os, psutil, sys, numpy as np, torch
 from tripletlib import EmbeddingNet, fit, load_mnist
+
+def most():  # bytes that this process has held at most
+    if os.name == "nt":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 torch.set_num_threads(int(sys.argv[1]))
 images, labels = (part[:3072] for part in load_mnist("train"))
 history = fit(EmbeddingNet(), images, labels, epochs=1, seed=0, progress=False)
 if os.environ["RANK"] == "0":
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
-    print(json.dumps([float(np.median(np.diff(history["seconds"]))), most]))
+    print(json.dumps([float(np.median(np.diff(history["seconds"]))), most() / 1e9]))
 """)
 starts = {
     "1 process": (1, 1),
@@ -594,15 +601,20 @@ assert torch.allclose(written, embed(network, images[:5000]), atol=1e-6)
 #
 # Ten million embeddings of 32 numbers are 1.28 GB, a billion 128 GB, and most have more numbers. So a large
 # index keeps *codes* instead of vectors, is built from a file chunk by chunk, may stay on the disk, and may be divided among machines. `SearchIndex` does none of this: it is for what fits into memory. The FAISS below it does each in a few lines. All that
-# is to take less than two gigabytes more than the process holds now, which Linux lets us watch. (The vectors alone would fit, in 1.28 GB; the codes take 160 MB, and the rest is a chunk at a time being made.)
+# is to take less than two gigabytes more than the process holds now, which we watch. (The vectors alone would fit, in 1.28 GB; the codes take 160 MB, and the rest is a chunk at a time being made.)
 
 
 # %%
-def memory(field="VmRSS"):
-    """MB that this process holds, or the most it held ("VmHWM"). Linux only, elsewhere nan."""
+def memory():
+    """MB that this process holds."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def most_memory():
+    """MB that it held at most since the cell that defines this; only Linux tells, else nan."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    found = [line.split()[1] for line in lines if line.startswith(field)]
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM")]
     return float(found[0]) * 1024 / 1e6 if found else np.nan
 
 
@@ -880,13 +892,10 @@ del mapped
 np.save(Path(vectors.name) / "queries.npy", queries)
 PROBE = """
 import json, sys, time
-from pathlib import Path
-import faiss, numpy as np
+import faiss, numpy as np, psutil
 
 def held():
-    status = Path("/proc/self/status")
-    text = status.read_text() if status.exists() else "VmRSS: nan"
-    return float(text.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+    return psutil.Process().memory_info().rss / 1e6
 
 queries, before, start = np.load(sys.argv[2]), held(), time.perf_counter()
 index = faiss.read_index(sys.argv[1], int(sys.argv[3]))
@@ -940,8 +949,8 @@ assert same_rows > 0.99
 # the slowest, and a machine that is down takes its quarter with it (exercise 4).
 
 # %% tags=["nbval-ignore-output"]
-print(f"at most {memory('VmHWM') - before:,.0f} MB more than at the start of this section")
-assert not memory("VmHWM") - before > 2000
+print(f"at most {most_memory() - before:,.0f} MB more than at the start of this section")
+assert not most_memory() - before > 2000
 
 # %% [markdown]
 # ### A billion, on paper
@@ -1313,9 +1322,9 @@ on_disk = None
 folder.cleanup()
 vectors.cleanup()
 print(
-    f"removed; at most {memory('VmHWM') - before:,.0f} MB more than at the start of the last section"
+    f"removed; at most {most_memory() - before:,.0f} MB more than at the start of the last section"
 )
-assert not memory("VmHWM") - before > 2000
+assert not most_memory() - before > 2000
 
 
 # %% [markdown]

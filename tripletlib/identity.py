@@ -299,7 +299,7 @@ class _Walk:
         self._parts(kind=type(kind), bases=kind.__bases__)
         attributes = {k: v for k, v in vars(kind).items() if k not in _NOT_CODE}
         if issubclass(kind, torch.optim.Optimizer):
-            attributes |= {"step": _step(kind)}
+            attributes["step"] = _own_step(kind)
         self._attributes(attributes)
 
     def _object(self, thing: object) -> None:
@@ -380,10 +380,14 @@ def _has_parts_in_c(kind: type) -> bool:
     )
 
 
-def _step(kind: type[torch.optim.Optimizer]) -> object:
-    """Give an optimiser's step without the wrapper that torch puts around it at its first use."""
-    step = kind.step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
+def _own_step(kind: type[torch.optim.Optimizer]) -> object:
+    """Give the step that an optimiser defines, if any.
+
+    At its first use torch writes a wrapper there, around its own step or around an inherited one.
+    """
+    steps = [vars(of).get("step") for of in kind.__mro__]
+    own, *inherited = [s.__wrapped__ if getattr(s, "hooked", False) else s for s in steps]
+    return None if own in inherited else own
 
 
 def _is_dispatcher(function: types.FunctionType) -> bool:
