@@ -534,7 +534,7 @@ times["GB in all, at most"] = times["GB a process"] * times["processes"]
 print(times.rename(index=lambda name: name.replace("\n", " ")).round(2).to_string())
 
 
-# %% alt="Two rows of bars. Seconds a step: 0.6 for one process, about 0.35 both for one with two threads and for two processes, 0.4 for four. Gigabytes in all: 1.3, 1.3, 2.4 and 4.5." tags=["nbval-ignore-output"]
+# %% alt="Two rows of bars. Seconds a step: 0.7 for one process, about 0.4 for one with two threads, for two processes and for four. Gigabytes in all: 1.3, 1.3, 2.4 and 4.6." tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
 for ax, column, title in zip(
     axes,

@@ -1,4 +1,5 @@
 import copy
+import functools
 import random
 import warnings
 
@@ -22,7 +23,7 @@ from torch import nn
 
 import tripletlib.checkpoints
 import tripletlib.training
-from tripletlib import BalancedBatchSampler, TripletLoss
+from tripletlib import BalancedBatchSampler, TripletLoss, batch_all_triplet_loss
 
 
 def test_a_broken_run_resumes_to_the_same_weights(tmp_path):
@@ -62,8 +63,8 @@ def test_a_finished_checkpoint_is_just_loaded(tmp_path):
         ({"labels": LABELS.flip(0)}, "data"),
         ({"epochs": 3}, "settings"),
         ({"learning_rate": 1e-4}, "settings"),
-        ({"loss": TripletLoss(margin=0.5)}, "settings"),
-        ({"augment": torch.neg}, "settings"),
+        ({"loss": TripletLoss(margin=0.5)}, r"settings \(loss\)"),
+        ({"augment": torch.neg, "seed": 7}, r"settings \(augment, seed\)"),
         ({"network": nn.Sequential(nn.Flatten(), nn.Linear(6, 3))}, "network"),
     ],
 )
@@ -328,7 +329,9 @@ def test_a_broken_run_resumes_in_other_precisions(kind, tmp_path):
 def test_runs_that_differ_in_what_no_text_shows_are_told_apart(options, tmp_path):
     fitted(checkpoint=tmp_path / "run.pt", epochs=1, **options(0.2))
     fitted(checkpoint=tmp_path / "run.pt", epochs=1, callback=stop_at(1), **options(0.2))
-    with pytest.raises(ValueError, match="made with other (settings|network): delete it"):
+    with pytest.raises(
+        ValueError, match=r"made with other (settings|network)( \(\w+\))?: delete it"
+    ):
         fitted(checkpoint=tmp_path / "run.pt", epochs=1, **options(0.4))
 
 
@@ -367,3 +370,25 @@ def test_files_of_the_readers_home_and_links(tmp_path, monkeypatch):
     fitted(checkpoint=tmp_path / "link.pt", epochs=1)
     assert (tmp_path / "link.pt").is_symlink()
     assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["run.pt"]
+
+
+def test_a_partial_goes_on_in_the_same_process(tmp_path):
+    options = {
+        "optimizer": functools.partial(torch.optim.SGD, lr=0.1),
+        "loss": functools.partial(batch_all_triplet_loss, margin=0.3),
+    }
+    first, _ = fitted(checkpoint=tmp_path / "run.pt", **options)
+    again, _ = fitted(checkpoint=tmp_path / "run.pt", callback=stop_at(1), **options)
+    assert same_weights(first, again)
+
+
+def test_arrays_of_a_callback_are_kept_and_what_cannot_be_is_refused(tmp_path):
+    def note(value):
+        return lambda history: history.rows[-1].update(extra=value)
+
+    fitted(checkpoint=tmp_path / "run.pt", callback=note(np.ones(2)))
+    _, history = fitted(checkpoint=tmp_path / "run.pt")
+    assert history.rows[-1]["extra"] == [1.0, 1.0]
+    with pytest.raises(TypeError, match="history must hold .* got set for 'extra'"):
+        fitted(checkpoint=tmp_path / "other.pt", callback=note({1}))
+    assert not (tmp_path / "other.pt").exists()

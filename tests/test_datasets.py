@@ -1,7 +1,11 @@
+import dataclasses
+import functools
 import os
 import random
+from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from tripletlib import BalancedBatchSampler, embed, fit, load_or_fit
+from tripletlib._reading import file_stamps, labels_of
 
 TO_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 WORDS = [["cat", "dog", "emu", "fox"][label] for label in (LABELS % 4).tolist()]
@@ -227,3 +232,149 @@ def test_a_broken_off_run_goes_on_as_without_the_break(tmp_path):
     history = fit(network, data, checkpoint=tmp_path / "run.pt", workers=0, **options)
     assert len(history) == 15
     assert same_weights(network, right)
+
+
+class Named(Dataset):
+    """Images in files that are named in no attribute that is walked but in those given."""
+
+    def __init__(self, files, **attributes):
+        self.__dict__.update(attributes)
+        self.length = len(files)
+        self.read = functools.partial(_read_grey, tuple(files))
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, place):
+        return self.read(place), place % 3
+
+
+def _read_grey(files, place):
+    return torch.from_numpy(np.array(Image.open(files[place]), np.float32))[None] / 255
+
+
+@dataclasses.dataclass
+class Row:
+    name: str
+    label: int
+
+
+def as_frame(files):
+    frame = pd.DataFrame({"file": map(str, files), "label": 0})
+    return pd.concat([frame, frame], axis=1)  # of two columns of one name
+
+
+WAYS = {
+    "strings": lambda files: {"paths": np.array([str(file) for file in files])},
+    "bytes": lambda files: {"paths": np.array([os.fsencode(file) for file in files])},
+    "objects": lambda files: {"paths": np.array(files, object).reshape(2, -1)},
+    "records": lambda files: {"rows": np.array([(str(f), 1) for f in files], "U200,i8")},
+    "series": lambda files: {"paths": pd.Series([str(file) for file in files])},
+    "category": lambda files: {"paths": pd.Series(map(str, files), dtype="category")},
+    "index": lambda files: {"labels": pd.Series(range(len(files)), index=map(str, files))},
+    "frame": lambda files: {"table": as_frame(files)},
+    "set": lambda files: {"paths": {str(file) for file in files}},
+    "keys": lambda files: {"labels": {str(file): 1 for file in files}},
+    "dataclasses": lambda files: {"rows": [Row(str(file), 1) for file in files]},
+    "folder": lambda files: {"root": files[0].parent, "names": [file.name for file in files]},
+    "folder, rows": lambda files: {
+        "names": [Row(file.name, 1) for file in files],
+        "root": str(files[0].parent),
+    },
+    "folder, table": lambda files: {
+        "root": str(files[0].parent),
+        "table": pd.DataFrame({"label": 1, "file": [file.name for file in files]}),
+    },
+    "two folders": lambda files: {
+        "names": (names := [file.name for file in files]),
+        "root": str(files[0].parent.parent),
+        "other": Named(files, folder=files[0].parent, names=names),
+    },
+}
+
+
+@pytest.fixture
+def six_files(tmp_path):
+    files = [tmp_path / "images" / f"no {i}.png" for i in range(6)]
+    files[0].parent.mkdir()
+    for i, file in enumerate(files):
+        Image.new("L", (3, 2), 40 * i).save(file)
+    return files
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_changed_file_is_noticed_however_its_name_is_held(way, six_files):
+    data = ConcatDataset([Named(six_files, **WAYS[way](six_files)), Listed()])
+    stamps = file_stamps(data)
+    assert [name for name, *_ in stamps] == [str(file) for file in six_files]
+    assert file_stamps(data) == stamps
+    os.utime(six_files[4], ns=(1, 1))
+    assert [new == old for new, old in zip(file_stamps(data), stamps, strict=True)] == [
+        place != 4 for place in range(6)
+    ]
+
+
+@pytest.mark.parametrize("way", ["strings", "frame", "folder, table"])
+def test_no_run_of_other_files_is_given_out(way, six_files, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPLETLIB_CACHE", str(tmp_path / "cache"))
+
+    def run():
+        data, labels = Named(six_files, **WAYS[way](six_files)), torch.arange(6) % 3
+        options = {"epochs": 1, "augment": False, "progress": False, "workers": 0}
+        return load_or_fit(SmallNet, data, labels, **options)[0]
+
+    first = run()
+    assert same_weights(run(), first)
+    assert len(list((tmp_path / "cache" / "networks").iterdir())) == 1
+    for i, file in enumerate(six_files):
+        Image.new("L", (3, 2), 250 - 40 * i).save(file)
+    assert not same_weights(run(), first)
+
+
+def test_each_place_is_looked_at_once_and_numbers_not_at_all(six_files, monkeypatch):
+    looked, look, copied = Counter(), os.stat, []
+    names = [file.name for file in six_files]
+    numbers = [np.zeros(3), pd.Series([0.5] * 3), torch.zeros(3), pd.DataFrame({"x": [1]})]
+    data = Named(six_files, root=six_files[0].parent, numbers=numbers, names=names * 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path, **o: looked.update([str(path)]) or look(path, **o))
+        patch.setattr(np, "asarray", copied.append)
+        assert len(file_stamps(data)) == 6
+    assert copied == []
+    assert {looked[str(file)] for file in six_files} == {looked[name] for name in names} == {1}
+
+
+def test_targets_go_through_the_target_transform_and_those_of_a_part_only(folder):
+    images = ImageFolder(folder, TO_TENSOR)
+    images.target_transform = {0: 7, 2: torch.tensor(5)}.__getitem__  # as if there were no class 1
+    chosen = [place for place, target in enumerate(images.targets) if target != 1][::-1]
+    part = ConcatDataset([Subset(Subset(images, chosen), range(4, 16)), ImageFolder(folder)])
+    found = labels_of(part, 0, progress=False).tolist()
+    assert found == [int(images[place][1]) for place in chosen[4:]] + images.targets
+    images.target_transform = lambda target: torch.eye(3)[target]
+    with pytest.raises(
+        ValueError, match=r"images\[0\] must have one whole number or word .* \(3,\)"
+    ):
+        labels_of(images, 0, progress=False)
+
+
+def test_a_target_transform_that_draws_leaves_the_random_states(folder):
+    images = ImageFolder(folder, target_transform=lambda target: int(torch.randint(9, ())))
+    state = torch.get_rng_state()
+    found = labels_of(images, 0, progress=False)
+    assert torch.equal(found, labels_of(images, 0, progress=False))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_of_items_may_be_arrays_of_one_and_one_hot_ones_are_named(workers):
+    for form in (np.array, lambda label: np.array([label]), lambda label: torch.tensor([label])):
+        data = Listed(labels=[form(label) for label in LABELS.tolist()])
+        assert torch.equal(labels_of(data, workers, progress=False), LABELS)
+    words = Listed(labels=[np.array(word) for word in WORDS])
+    assert torch.equal(labels_of(words, workers, progress=False), LABELS % 4)
+    for one_hot in (torch.eye(3)[0], np.eye(3)[0]):
+        data = Listed(labels=[*LABELS.tolist()[:70], one_hot, *LABELS.tolist()[71:]])
+        message = r"images\[70\] must have one whole number or word .* \(3,\): .* its argmax"
+        with pytest.raises(ValueError, match=message):
+            labels_of(data, workers, progress=False)

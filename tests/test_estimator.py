@@ -159,7 +159,7 @@ def test_a_list_of_images_is_as_good_as_an_array(kind, shape):
 def test_channels_that_seem_to_come_last_are_told():
     images = np.random.default_rng(0).random((20, 24, 30, 3), np.float32)
     labels = np.arange(20) % 2
-    for given in (images, list(images), [Image.new("RGB", (30, 24), i) for i in range(20)]):
+    for given in (images, list(images)):
         with pytest.raises(ValueError, match=r"got images of shape \(24, 30, 3\), where they seem"):
             small("deep").fit(given, labels)
     assert small("deep", epochs=1).fit(np.moveaxis(images, -1, 1), labels).network_.in_channels == 3
@@ -237,3 +237,22 @@ def test_numpy_integers_are_counts(kind):
         small(kind, **{n: np.int64(c) for n, c in counts.items()}),
     )
     np.testing.assert_array_equal(*(of.fit(X, Y).transform(X) for of in (usual, numpys)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_colour_images_of_pil_are_taken_with_their_channels_first(kind, mode):
+    channels = len(mode)
+    pixels = np.random.default_rng(0).integers(256, size=(20, 24, 30, channels), dtype=np.uint8)
+    images, labels = [Image.frombytes(mode, (30, 24), of.tobytes()) for of in pixels], Y[:20]
+    first = np.moveaxis(pixels, -1, 1)
+    embedder = small(kind, epochs=1).fit(images, labels)
+    assert embedder.sample_shape_ == (channels, 24, 30)
+    right = small(kind, epochs=1).fit(first, labels).transform(first)
+    np.testing.assert_allclose(embedder.transform(images), right, rtol=1e-6)
+    np.testing.assert_allclose(embedder.transform(first), right, rtol=1e-6)
+
+
+def test_grey_images_of_pil_stay_as_they_are():
+    images = [Image.new("L", (30, 24), i) for i in range(20)]
+    assert small(epochs=1).fit(images, Y[:20]).sample_shape_ == (24, 30)

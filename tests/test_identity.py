@@ -566,6 +566,15 @@ def test_a_function_by_type_is_the_same_before_and_after_use():
     assert digest(registered) != digest(used)
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_what_is_asked_for_its_state_stays_the_same(make):
+    thing = make(1)
+    before = digest(thing)
+    for moving in identify(thing=thing).moving:
+        state_of(moving)
+    assert digest(thing) == before
+
+
 def test_cycles_end():
     def knot(value):
         loop = [Silent(value)]

@@ -475,3 +475,26 @@ def test_a_folder_must_be_there_and_hold_images(tmp_path):
     for wrong in (np.zeros((3, 3)), slice(2), [tmp_path / "a.png"]):
         with pytest.raises(TypeError, match=r"image must be a path or a PIL\.Image, got "):
             ImageFolderDataset(tmp_path).read(wrong)
+
+
+def test_floats_that_are_not_finite_are_skipped_as_an_item_of_them_would_fail(folder):
+    right = ImageFolderDataset(folder)
+    values = np.full((30, 30), np.nan, np.float32)
+    file = saved(Image.fromarray(values), folder / "oak" / "nan.tiff")
+    place = ImageFolderDataset(folder).names.index("oak/nan.tiff")
+    wrong = rf"{file} is not an image, or it is damaged \(pixels must be finite\)"
+    for options in ({}, {"mode": "L"}, {"transform": lambda image: 1 / 0}):
+        with pytest.raises(ValueError, match=wrong):
+            ImageFolderDataset(folder, **options)[place]
+        photos = ImageFolderDataset(folder, damaged="skip", **options)
+        assert photos.names == right.names
+        assert [name for name, _ in photos.left_out] == ["oak/nan.tiff"]
+        assert "pixels must be finite" in photos.left_out[0][1]
+
+
+def test_what_is_wrong_with_a_damaged_file_is_said(folder):
+    spoil(folder)
+    with pytest.raises(ValueError, match=r"half\.jpg is not .* damaged \(image file is truncated"):
+        load_image(folder / "oak" / "half.jpg")
+    with pytest.raises(ValueError, match=r"words\.png is not an image, or it is damaged$"):
+        load_image(folder / "дом" / "words.png")  # of which Pillow has no more to say

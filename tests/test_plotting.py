@@ -111,3 +111,55 @@ def test_neighbours_are_called_by_their_number_or_by_a_name():
     numbers = ["0", *"010", "1", *"101"]
     assert titles() == numbers
     assert titles(names=("even", "odd")) == [("even", "odd")[int(n)] for n in numbers]
+
+
+def drawn_history(**columns):
+    from tripletlib.plotting import plot_history
+    from tripletlib.training import History
+
+    names = ("loss", "active", "positive_distance", "negative_distance")
+    columns = {name: [0.5, 0.2, 0.1] for name in names} | columns
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return plot_history(History({"epoch": 0, "step": step} | row for step, row in enumerate(rows)))
+
+
+def test_the_loss_is_drawn_from_zero_unless_it_goes_below():
+    usual, below = (
+        drawn_history(loss=loss).axes[0].get_ylim() for loss in ([0.5, 0.2, 0.1], [0.5, -0.2, -1.0])
+    )
+    assert usual[0] == 0
+    assert below[0] < -1.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("active", "scale"),
+    [([0.0, 0.0, 0.0], "linear"), ([0.5, 0.1, 0.0], "log"), ([0.5, 0.2, 0.1], "log")],
+)
+def test_where_no_triplet_is_active_there_is_no_log_scale_and_no_warning(active, scale):
+    figure = drawn_history(active=active)
+    figure.canvas.draw()
+    assert figure.axes[1].get_yscale() == scale
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize(
+    ("points", "labels", "names"),
+    [
+        (POINTS, torch.zeros(6).long(), ["same class"]),
+        (POINTS, torch.arange(6), ["different classes"]),
+        (torch.ones(6, 2), LABELS, ["same class", "different classes"]),
+        (torch.ones(6, 2), torch.zeros(6).long(), ["same class"]),
+    ],
+)
+def test_kinds_of_pairs_that_are_missing_or_all_at_zero_draw_no_warning(
+    points, labels, names, squared
+):
+    axes = plot_distances(points, labels, ax=plt.figure().gca(), squared=squared)
+    axes.figure.canvas.draw()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+    heights = np.array([bar.get_height() for bar in axes.patches])
+    assert np.isfinite(heights).all()
+    widths = [bar.get_width() for bar in axes.patches]
+    assert heights @ widths == pytest.approx(len(names))

@@ -1,6 +1,7 @@
 import copy
 import functools
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +218,17 @@ def test_load_or_fit_keeps_networks_of_any_precision(kind, cache):
 def test_load_or_fit_keeps_its_own_checkpoint():
     with pytest.raises(TypeError, match="load_or_fit keeps its own checkpoint"):
         load_or_fit(SmallNet, IMAGES, LABELS, checkpoint="run.pt", **options)
+
+
+def test_initial_weights_by_any_generator_are_those_of_the_seed():
+    def make():
+        network = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+        network[1].weight.data = torch.from_numpy(np.random.randn(3, 6)).float()  # noqa: NPY002
+        network[1].bias.data.fill_(random.random())
+        return network
+
+    before = np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    one, other = (load_or_fit(make, IMAGES, LABELS, epochs=1, progress=False) for _ in range(2))
+    assert all(map(torch.equal, one[0].parameters(), other[0].parameters()))
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before  # noqa: NPY002
+    load_or_fit(make, IMAGES, LABELS, epochs=1, progress=False, seed=2**70)

@@ -560,3 +560,51 @@ def test_effort_has_a_largest_value(kind):
     index.search(points(3), 5, effort=2**31 - 1)
     with pytest.raises(ValueError, match="effort must be at most 2147483647, got 2147483648"):
         index.search(points(3), 5, effort=2**31)
+
+
+NO_ROWS = [
+    (torch.tensor([False, False, True, True]), "bool"),
+    (np.array([False, False, True, True]), "bool"),
+    ([False, False, True, True], "bool"),
+    ([np.True_], "bool"),
+    ([torch.tensor(True)], "bool"),
+    (torch.tensor([2.0]), "float"),
+    ([np.float32(2)], "float"),
+    ([None], "NoneType"),
+    (torch.tensor([[2]]), "list"),
+]
+
+
+@pytest.mark.parametrize("ids", [None, [0, 1, 2, 3]])
+@pytest.mark.parametrize(("which", "got"), NO_ROWS)
+def test_masks_and_floats_remove_nothing(ids, which, got):
+    index = SearchIndex(torch.eye(4), ids=ids)
+    what = "rows" if ids is None else "ids"
+    words = f"which must hold {what} as int or str, and no mask, got {got}$"
+    with pytest.raises(TypeError, match=words):
+        index.remove(which)
+    assert (len(index), index.ids) == (4, ids)
+
+
+@pytest.mark.parametrize("lone", [2, torch.tensor(2), np.array(2), "2", None])
+def test_rows_and_ids_come_in_a_sequence(lone):
+    words = f"must be a sequence of str or of int, got {type(lone).__name__}$"
+    index = SearchIndex(torch.eye(4))
+    with pytest.raises(TypeError, match=f"which {words}"):
+        index.remove(lone)
+    if lone is not None:
+        with pytest.raises(TypeError, match=f"ids {words}"):
+            SearchIndex(torch.eye(1, 4), ids=lone)
+    assert len(index) == 4
+
+
+def test_integers_and_words_of_numpy_and_torch_are_ids_and_rows():
+    for of in (torch.tensor([1, 3]), np.array([1, 3], np.uint8), np.array([1, 3], object)):
+        for which in (of, list(of), iter(of)):
+            index, named = SearchIndex(torch.eye(4)), SearchIndex(torch.eye(2, 4), ids=list(of))
+            index.remove(which)
+            assert (len(index), named.ids) == (2, [1, 3])
+            assert all(type(name) is int for name in named.ids)
+    index = SearchIndex(torch.eye(3), ids=list(np.array(["a", "b", "c"])))
+    index.remove(np.array(["b"]))
+    assert index.ids == ["a", "c"]

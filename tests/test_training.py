@@ -723,3 +723,46 @@ def test_what_the_loss_counts_is_what_a_look_at_all_pairs_gives(collapse):
     expected = fitted(images=images, loss=pairs_and_all)[1].frame().drop(columns="seconds")
     found = fitted(images=images, loss=TripletLoss(margin=0.3))[1].frame()[expected.columns]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [lambda x: x[::2], lambda x: x.mean(), lambda x: x.repeat(2, 1)])
+def test_embed_refuses_other_than_one_row_an_image(rows, tmp_path):
+    class Wrong(nn.Flatten):
+        def forward(self, images):
+            return rows(super().forward(images))
+
+    for out in (None, tmp_path / "points.npy"):
+        with pytest.raises(ValueError, match="network must give one row an image, got shape"):
+            embed(Wrong(), IMAGES, 50, out=out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_embeddings_in_bfloat16_are_written_as_float32(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 2)).bfloat16()
+    images = IMAGES.bfloat16()
+    written = embed(network, images, 30, out=tmp_path / "points.npy")
+    assert torch.equal(written, embed(network, images, 30).float())
+
+
+def test_embed_leaves_files_beside_its_own_alone(tmp_path):
+    beside = tmp_path / "points.npy.part"
+    beside.write_text("mine")
+    embed(nn.Flatten(), IMAGES, out=tmp_path / "points.npy")
+    assert beside.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_needs_more_than_a_step_is_refused_by_name():
+    with pytest.raises(TypeError, match="optimizer must take its steps .* LBFGS does not"):
+        fitted(optimizer=torch.optim.LBFGS)
+    with pytest.raises(TypeError, match="schedule must take its steps .* ReduceLROnPlateau does"):
+        fitted(
+            optimizer=torch.optim.SGD,
+            schedule=lambda of, _: torch.optim.lr_scheduler.ReduceLROnPlateau(of),
+        )
+
+
+def test_a_validation_of_several_numbers_is_refused():
+    with pytest.raises(ValueError, match="what validate returns"):
+        fitted(validate=lambda _: torch.ones(2))
+    fitted(validate=lambda _: np.ones(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -138,7 +139,7 @@ def write_rows(path: Path, parts: Iterator[Tensor], count: int, processes: Proce
         The file mapped into memory.
     """
     target = Path(os.path.realpath(path))
-    scratch = target.with_name(f"{target.name}.part")
+    scratch = target.with_name(processes.agree(f".tripletlib.{secrets.token_hex(8)}"))
     try:
         first = next(parts, None)
         is_first = processes.rank == 0  # which always has a part

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,8 +184,21 @@ def _label(item: object, name: str) -> object:
     if not isinstance(item, (tuple, list)) or len(item) < 2:
         got = type(item).__name__
         return _Failure(TypeError, f"{name} must be (image, label), as labels are not given: {got}")
-    label = item[1]
-    return label.item() if isinstance(label, (Tensor, np.generic)) else label
+    return _one_label(item[1], name)
+
+
+def _one_label(label: object, name: str) -> object:
+    """Take a label out of the tensor or array that holds it, and it alone."""
+    if not isinstance(label, (Tensor, np.ndarray, np.generic)):
+        return label
+    if math.prod(label.shape) != 1:
+        return _Failure(
+            ValueError,
+            f"{name} must have one whole number or word as its label, got "
+            f"{type(label).__name__} of shape {tuple(label.shape)}: of a one-hot label give "
+            "the place of the 1, its argmax",
+        )
+    return label.item()
 
 
 def _collate(items: list) -> Tensor | list | _Failure:
@@ -199,17 +216,20 @@ def _collate(items: list) -> Tensor | list | _Failure:
 
 def labels_of(dataset: Dataset, workers: int, *, progress: bool) -> Tensor:
     """Return a data set's labels: its targets, or else those of its items, all read once."""
-    found = _targets(dataset)
-    if found is None:
-        batches = list(torch.arange(len(dataset)).split(64))
-        with Reader(dataset, workers, "labels") as reader:
-            parts = reader.read(batches, [0])
-            bar = tqdm(parts, "reading labels", len(batches), disable=not progress, delay=1)
-            found = list(itertools.chain.from_iterable(bar))
-    return as_labels(found)
+    targets = _targets(dataset)
+    if targets is not None:
+        return as_labels(_transformed(targets))
+    batches = list(torch.arange(len(dataset)).split(64))
+    with Reader(dataset, workers, "labels") as reader:
+        parts = reader.read(batches, [0])
+        bar = tqdm(parts, "reading labels", len(batches), disable=not progress, delay=1)
+        return as_labels(list(itertools.chain.from_iterable(bar)))
 
 
-def _targets(dataset: Dataset) -> list | None:
+_Target = tuple[object, "Callable[[object], object] | None"]  # and what makes it the item's label
+
+
+def _targets(dataset: Dataset) -> list[_Target] | None:
     """Return the targets of a data set, of one of its parts, or of several together, if known."""
     targets = getattr(dataset, "targets", None)
     if targets is not None:
@@ -218,7 +238,8 @@ def _targets(dataset: Dataset) -> list | None:
             raise ValueError(
                 f"images.targets must be {len(dataset)}, one an item, got {len(targets)}"
             )
-        return targets
+        transform = getattr(dataset, "target_transform", None)
+        return [(target, transform) for target in targets]
     if isinstance(dataset, Subset):
         targets = _targets(dataset.dataset)
         return None if targets is None else [targets[place] for place in dataset.indices]
@@ -226,6 +247,19 @@ def _targets(dataset: Dataset) -> list | None:
         parts = [_targets(part) for part in dataset.datasets]
         return None if None in parts else list(itertools.chain.from_iterable(parts))
     return None
+
+
+def _transformed(targets: list[_Target]) -> list:
+    """Make targets labels. Not before parts are chosen: a transform may know those classes only."""
+    labels = []
+    with _random_numbers_of(0):
+        for place, (label, transform) in enumerate(targets):
+            if transform is not None:
+                label = _one_label(transform(label), f"images[{place}]")
+            if isinstance(label, _Failure):
+                raise label.error(label.message)
+            labels.append(label)
+    return labels
 
 
 def as_labels(found: Sequence[int] | Sequence[str]) -> Tensor:
@@ -256,32 +290,89 @@ def _file_of(dataset: Dataset, place: int) -> str:
     return f" ({file})" if isinstance(file, (str, Path)) else ""
 
 
+_NUMBERS = {bool, int, float, type(None)}  # passed by in haste, as there may be millions
+
+
 def file_stamps(dataset: object) -> list[tuple[str, int, int]]:
-    """List the files of a data set with their sizes and times, in the order in which it has them.
+    """List the files of a data set with their sizes and times, sorted by name.
 
-    A file is any string or path that names one, in an attribute of the data set or in lists,
-    tuples and dictionaries there, and likewise of the data sets within it.
+    A file is any string or path that names one, by itself or in a folder that an attribute of the
+    same object names. Looked through are the attributes of the data set, lists, tuples, sets,
+    dictionaries, arrays, tables and dataclasses there, and the data sets within it.
     """
-    stamps: dict[str, tuple[str, int, int]] = {}
-    seen: set[int] = set()
-    stack: list[object] = [dataset]
+    stamps: dict[str, tuple[str, int, int] | None] = {}
+    # For each choice of folders what was met, kept alive so that no address comes twice.
+    seen: dict[tuple[str, ...], dict[int, object]] = defaultdict(dict)
+    stack: list[tuple[object, tuple[str, ...]]] = [(dataset, ())]
     while stack:
-        thing = stack.pop()
+        thing, folders = stack.pop()
         if isinstance(thing, (str, Path)):
-            _add_stamp(stamps, os.fspath(thing))
-        elif isinstance(thing, (Dataset, dict, list, tuple)) and id(thing) not in seen:
-            seen.add(id(thing))
-            inner = vars(thing) if isinstance(thing, Dataset) else thing
-            stack += reversed(list(inner.values() if isinstance(inner, dict) else inner))
-    return list(stamps.values())
+            _add_stamps(stamps, os.fspath(thing), folders)
+        elif type(thing) not in _NUMBERS and id(thing) not in seen[folders]:
+            seen[folders][id(thing)] = thing
+            attributes = _attributes(thing)
+            folders = _folders(attributes) or folders
+            stack += [(part, folders) for part in attributes or _parts(thing)]
+    return sorted(stamp for stamp in stamps.values() if stamp is not None)
 
 
-def _add_stamp(stamps: dict[str, tuple[str, int, int]], name: str) -> None:
-    if name in stamps or (os.sep not in name and "." not in name):
-        return
+def _attributes(thing: object) -> list[object]:
+    """List the values of a data set's attributes, or of a dataclass's fields."""
+    if isinstance(thing, Dataset):
+        return list(vars(thing).values())
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        return [getattr(thing, field.name, None) for field in dataclasses.fields(thing)]
+    return []
+
+
+def _folders(attributes: list[object]) -> tuple[str, ...]:
+    """Return the folders among attributes, each with a separator at its end."""
+    names = [os.fspath(value) for value in attributes if isinstance(value, (str, Path))]
+    return tuple(os.path.join(name, "") for name in names if os.path.isdir(name))
+
+
+def _parts(thing: object) -> Iterable[object]:
+    """Give what a container holds; of an array or table only what is not numbers."""
+    if isinstance(thing, dict):
+        return [*thing, *thing.values()]
+    if isinstance(thing, (list, tuple, set, frozenset)):
+        return thing
+    if isinstance(thing, np.ndarray) and thing.dtype.names:
+        return [thing[name] for name in thing.dtype.names]
+    if isinstance(thing, np.ndarray):
+        words = thing.ravel().tolist() if thing.dtype.kind in "OUST" else []
+        return map(os.fsdecode, words) if thing.dtype.kind == "S" else words
+    # The class, as an object's own look-up may do anything.
+    return _parts_of_table(thing) if hasattr(type(thing), "to_numpy") else []
+
+
+def _parts_of_table(table: object) -> list[object]:
+    """Give index and columns of a pandas frame, or index and values of another of its kind."""
+    index = getattr(table, "index", None)
+    parts = [] if type(index) is type(table) else [index]  # an index of its own kind has another
+    if getattr(table, "ndim", 1) == 2 and hasattr(table, "items"):
+        return [*parts, *(column for _, column in table.items())]
+    if getattr(getattr(table, "dtype", None), "kind", "O") in "OUST":
+        with suppress(Exception):  # of a library that keeps words elsewhere, on a GPU, say
+            parts.append(np.asarray(table))
+    return parts
+
+
+def _add_stamps(
+    stamps: dict[str, tuple[str, int, int] | None], name: str, folders: tuple[str, ...]
+) -> None:
+    """Look for a name's file, each place once; words are file names in a folder only."""
+    places = [name] if os.sep in name or "." in name else []
+    if not os.path.isabs(name):
+        places += [folder + name for folder in folders if not name.startswith(folder)]
+    for place in places:
+        if place not in stamps:
+            stamps[place] = _stamp(place)
+
+
+def _stamp(path: str) -> tuple[str, int, int] | None:
     try:
-        found = os.stat(name)
+        found = os.stat(path)
     except (OSError, ValueError):
-        return
-    if not os.path.isdir(name):
-        stamps[name] = (name, found.st_size, found.st_mtime_ns)
+        return None
+    return None if stat.S_ISDIR(found.st_mode) else (path, found.st_size, found.st_mtime_ns)

@@ -54,10 +54,17 @@ class Origin:
         return identify(of=[self.digests, seed, weights, self._moved()]).digest[:16]
 
     def differences(self, state: dict) -> list[str]:
-        """Return the parts in which the run that a checkpoint holds was another."""
-        parts = [part for part in self.digests if self.digests[part] != state["origin"].get(part)]
-        other_seed = self.seed_given and self.seed != state["seed"]
-        return parts + ["settings"] * (other_seed and "settings" not in parts)
+        """Return the parts in which a checkpoint's run was another, with what of them it was."""
+        parts = []
+        for part, things in self.digests.items():
+            kept = state["origin"].get(part, {})
+            other = [name for name in things if things[name] != kept.get(name)]
+            if part == "settings" and self.seed_given and self.seed != state["seed"]:
+                other.append("seed")
+            if other or things.keys() != kept.keys():
+                named = ", ".join(name for name in other if name != part)
+                parts.append(f"{part} ({named})" if named else part)
+        return parts
 
     def state(self) -> dict[str, object]:
         """Return what a checkpoint has to hold of it."""
@@ -157,7 +164,8 @@ class Checkpoint:
         if changed := self.origin.differences(state):
             raise ValueError(
                 f"checkpoint {self.path} was made with other {' and '.join(changed)}: delete it to "
-                "train anew, or name another file"
+                "train anew, or name another file (what has been used in this process, and keeps "
+                "something of it, is another thing than it was: make it anew to go on)"
             )
         if self.origin.unknown:
             warn(

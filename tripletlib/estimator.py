@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
+from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -118,7 +119,8 @@ class TripletEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         ----------
         X : array-like of shape (n, n_features), (n, height, width) or (n, channels, height, width)
             Feature rows or images, also a list of images (arrays, tensors or ``PIL.Image``) of one
-            shape. With "deep", images of less than 24 pixels a side are scaled up.
+            shape; of ``PIL.Image`` in colour the channels are put first, here and in `transform`.
+            With "deep", images of less than 24 pixels a side are scaled up.
         y : array-like of shape (n,)
             Labels of at least two classes, numbers or words.
 
@@ -263,7 +265,7 @@ class _OnSphere(nn.Sequential):
 def _rows(X: ArrayLike) -> tuple[ArrayLike, tuple[int, ...]]:
     """Flatten images to rows, and give the shape of one; leave anything else to scikit-learn."""
     if isinstance(X, (list, tuple)) and X and np.ndim(X[0]) > 1:
-        samples = [np.asarray(sample) for sample in X]
+        samples = [_as_image(sample) for sample in X]
         shapes = list(dict.fromkeys(sample.shape for sample in samples))
         if len(shapes) > 1:
             raise ValueError(f"X must hold images of one shape, got {shapes[0]} and {shapes[1]}")
@@ -271,3 +273,13 @@ def _rows(X: ArrayLike) -> tuple[ArrayLike, tuple[int, ...]]:
     if getattr(X, "ndim", 2) not in (3, 4):
         return X, ()
     return X.reshape(len(X), -1), tuple(X.shape[1:])
+
+
+def _as_image(sample: ArrayLike | Image.Image) -> np.ndarray:
+    """Make an array of one image, with channels first if it is one of PIL's, which has them last.
+
+    In any other the layout is the caller's.
+    """
+    pixels = np.asarray(sample)
+    in_colour = isinstance(sample, Image.Image) and pixels.ndim == 3
+    return np.moveaxis(pixels, -1, 0) if in_colour else pixels

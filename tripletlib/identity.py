@@ -311,6 +311,11 @@ class _Walk:
         if _is_of_library(type(thing)) or _has_parts_in_c(type(thing)):
             self._reduced(thing)
 
+    def _partial(self, thing: functools.partial) -> None:
+        """Tell a function with some arguments; attributes it has from when they are asked for."""
+        self.moving.append(thing)
+        self._parts(of=thing.func, given=thing.args, keywords=thing.keywords, has=vars(thing))
+
     def _reduced(self, thing: object) -> None:
         parts = copyreg.dispatch_table.get(type(thing), lambda t: t.__reduce_ex__(4))(thing)
         if not isinstance(parts, str):
@@ -342,6 +347,7 @@ _RULES = (
     (types.BuiltinFunctionType, _Walk._builtin),
     (_DESCRIPTORS, lambda walk, t: walk.put(t.__objclass__.__qualname__, t.__name__)),
     ((staticmethod, classmethod), lambda walk, t: walk._parts(function=t.__func__)),
+    (functools.partial, _Walk._partial),
     (property, lambda walk, t: walk._parts(get=t.fget, set=t.fset, delete=t.fdel)),
     (functools.cached_property, lambda walk, t: walk._parts(get=t.func)),
     (weakref.ref, lambda walk, t: walk._parts(to=t())),

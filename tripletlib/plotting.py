@@ -195,13 +195,14 @@ def plot_distances(
     upper = torch.ones_like(distances, dtype=torch.bool).triu(diagonal=1)
     same = labels[:, None] == labels
     ax = plt.gca() if ax is None else ax
-    bins = np.linspace(0, distances.max().item(), 80)
+    bins = np.linspace(0, distances.max().item() or 1.0, 80)  # of some width if all is 0
     for mask, name, color in (
         (same & upper, "same class", SAME),
         (~same & upper, "different classes", DIFFERENT),
     ):
         values = distances[mask].numpy()
-        ax.hist(values, bins, density=True, color=color, alpha=0.6, label=name)
+        if len(values):  # of no pairs there is no density
+            ax.hist(values, bins, density=True, color=color, alpha=0.6, label=name)
     ax.set(xlabel="squared distance" if squared else "distance", ylabel="density of pairs")
     ax.legend()
     return ax
@@ -220,11 +221,13 @@ def plot_history(history: History) -> Figure:
     Figure
     """
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6))
-    steps = history["step"]
-    left.plot(steps, history["loss"], color=PALETTE[7])
-    left.set(title="Loss", ylabel="mean over active triplets", ylim=(0, None))
-    middle.plot(steps, history["active"], color=PALETTE[1])
-    middle.set(title="Active triplets", ylabel="fraction of all valid triplets", yscale="log")
+    steps, loss, active = (history[column] for column in ("step", "loss", "active"))
+    left.plot(steps, loss, color=PALETTE[7])
+    bottom = None if (loss < 0).any() else 0
+    left.set(title="Loss", ylabel="mean over active triplets", ylim=(bottom, None))
+    middle.plot(steps, active, color=PALETTE[1])
+    scale = "log" if (active > 0).any() else "linear"  # zero has no place on a log scale
+    middle.set(title="Active triplets", ylabel="fraction of all valid triplets", yscale=scale)
     right.plot(steps, history["positive_distance"], color=SAME, label="same class")
     right.plot(steps, history["negative_distance"], color=DIFFERENT, label="different classes")
     right.set(title="Distances", ylabel="mean over pairs", ylim=(0, None))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -11,7 +13,7 @@ from torch.utils.data import Dataset
 from tripletlib._cache import cache_folder
 from tripletlib._validation import check_count, warn
 from tripletlib.checkpoints import CANNOT_KEEP, CachedRun
-from tripletlib.training import History, fit, materialise
+from tripletlib.training import History, fit, materialise, own_randomness
 
 
 def load_or_fit(
@@ -54,7 +56,9 @@ def load_or_fit(
     A run is known by all that determines its result:
 
     - images and labels, number for number; of a data set its attributes, transforms and code, and
-      of each file that it lists the path, the size and the time of its last change;
+      of each file that its attributes name the path, the size and the time of its last change (by
+      paths, or by names in a folder that is an attribute as well; in lists, sets, dictionaries,
+      arrays, tables and dataclasses too);
     - what `make_network` built: its initial weights, all its attributes, and its code;
     - the loss, the augmentation and the batch sampler, with their attributes (whether ``repr``
       prints them or not), weights, hooks, closures, default arguments and random generators, and
@@ -65,8 +69,8 @@ def load_or_fit(
 
     What holds something that cannot be told from others of its kind (a lock, an open file, compiled
     code) is trained each time, and a warning names it. Not looked at are the `callback`, which
-    watches, files of which only the path is held, the order of attributes, annotations, and machine
-    and threads, which may round differently.
+    watches, files that only code names or that no data set holds, the order of attributes,
+    annotations, and machine and threads, which may round differently.
     """
     if "checkpoint" in options:
         raise TypeError("load_or_fit keeps its own checkpoint; with one of yours, use fit")
@@ -76,8 +80,10 @@ def load_or_fit(
             f"{type(make_network).__name__}"
         )
     check_count(seed, "seed", low=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(int(seed))
+    with torch.random.fork_rng(), own_randomness(torch.device("cpu")):
+        torch.manual_seed(int(seed) % 2**63)
+        np.random.seed(int(seed) % 2**32)  # noqa: NPY002
+        random.seed(int(seed))
         network = make_network()
         materialise(network, images)
     try:

@@ -178,7 +178,8 @@ class SearchIndex:
         KeyError
             If one of them is not in the index, which is then as it was before.
         TypeError, ValueError
-            If a lone string is given, or none would stay.
+            If a lone string is given, or anything in `which` is neither int nor str (a mask's
+            booleans are not), or none would stay.
         """
         rows = self._rows(which)
         kept = np.delete(np.arange(len(self)), rows)
@@ -194,16 +195,16 @@ class SearchIndex:
 
     def _rows(self, which: Iterable[str] | Iterable[int] | Tensor) -> list[int]:
         """Give the rows of ids, or check rows."""
-        if isinstance(which, (str, bytes)):
-            raise TypeError(
-                f"which must be a sequence, got {type(which).__name__}: put it in a list"
-            )
+        what = "rows" if self.ids is None else "ids"
         names = range(len(self)) if self.ids is None else self.ids
         row_of = {name: row for row, name in enumerate(names)}
-        which = which.tolist() if isinstance(which, (Tensor, np.ndarray)) else list(which)
+        which = _listed(which, "which")
         for name in which:
+            # True == 1 and 1.0 == 1, so that a mask or floats would be found, and mean other rows.
+            if type(name) not in (int, str):
+                got = type(name).__name__
+                raise TypeError(f"which must hold {what} as int or str, and no mask, got {got}")
             if name not in row_of:
-                what = "rows" if self.ids is None else "ids"
                 raise KeyError(f"which must hold {what} of the index, got {name!r}")
         return sorted({row_of[name] for name in which})
 
@@ -376,9 +377,7 @@ def _checked_ids(
     ids: Sequence[str] | Sequence[int], length: int, taken: Iterable[str | int] | None = None
 ) -> list[str] | list[int]:
     """Refuse anything but one id an embedding, all strings or all whole numbers, none twice."""
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
-        raise TypeError(f"ids must be a sequence of str or of int, got {type(ids).__name__}")
-    ids = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else list(ids)
+    ids = _listed(ids, "ids")
     if len(ids) != length:
         raise ValueError(f"ids must be {length}, one for each row of embeddings, got {len(ids)}")
     before = [] if taken is None else list(taken)
@@ -390,6 +389,16 @@ def _checked_ids(
     if twice is not None:
         raise ValueError(f"ids must be distinct, got {twice!r} twice")
     return ids
+
+
+def _listed(names: Iterable | Tensor, argument: str) -> list:
+    """List ids or rows, with those of torch and of NumPy as Python's own."""
+    lone = isinstance(names, (str, bytes)) or getattr(names, "ndim", 1) == 0
+    if lone or not isinstance(names, Iterable):
+        got = type(names).__name__
+        raise TypeError(f"{argument} must be a sequence of str or of int, got {got}")
+    names = names.tolist() if isinstance(names, (Tensor, np.ndarray)) else names
+    return [name.tolist() if isinstance(name, (Tensor, np.generic)) else name for name in names]
 
 
 def _search(

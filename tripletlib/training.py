@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import os
@@ -137,9 +138,9 @@ def fit(
         items are (image, label), images of one batch are of one shape, and what its transforms
         draw at random comes from the global generators of torch, NumPy or Python.
     labels : Tensor of integers, shape (n,)
-        Their classes. Of a data set also a sequence of words, and by default its ``targets``,
-        through ``Subset`` and ``ConcatDataset`` too; where it has none, all its items are read
-        once for them.
+        Their classes. Of a data set also a sequence of words, and by default its ``targets`` (by
+        its ``target_transform``, if any), through ``Subset`` and ``ConcatDataset`` too; where it
+        has none, all its items are read once for them.
     loss : callable, optional
         Takes (embeddings, labels) and returns a scalar; any loss of this package, of
         pytorch-metric-learning or of torch. One that is a module is brought to the network's
@@ -183,7 +184,8 @@ def fit(
         Written whole after each epoch. If it exists, training goes on from there, to the same
         weights as without a break, and with its seed if none is given; a finished one is just
         loaded. In an existing folder, the file is named after all that the run comes from. What
-        counts as the same run is said at `load_or_fit`.
+        counts as the same run is said at `load_or_fit`; what changes as it is used (a loss with a
+        memory, a data set that fills a cache) has to be made anew to go on in the same process.
     callback : callable, optional
         Called with the history so far after every step. If it returns True, training ends there;
         a checkpoint then holds the whole epochs before.
@@ -255,7 +257,7 @@ def fit(
         batch_sampler = BatchSampler(places, batch_size, drop_last=too_few)
     drawn = processes.agree(int(torch.randint(2**31, ()) if seed is None else seed))
     with (
-        _own_randomness(device),
+        own_randomness(device),
         no_autocast(device),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -356,12 +358,26 @@ class _Steering(NamedTuple):
                 "optimizer must hold parameters of network or loss, got another of shape "
                 f"{tuple(strange.shape)}"
             )
+        _check_steps_alone(optimizer, "optimizer", "torch.optim.LBFGS takes a closure")
         made = [] if schedule is None else [schedule(optimizer, max(1, steps))]
-        if not all(isinstance(of, LRScheduler) for of in made):
-            raise TypeError(
-                f"schedule must give one of torch's schedules, got {type(made[0]).__name__}"
-            )
+        for of in made:
+            if not isinstance(of, LRScheduler):
+                raise TypeError(
+                    f"schedule must give one of torch's schedules, got {type(of).__name__}"
+                )
+            _check_steps_alone(of, "schedule", "ReduceLROnPlateau takes a measurement")
         return cls([optimizer], made)
+
+
+def _check_steps_alone(thing: object, name: str, why: str) -> None:
+    """Refuse what cannot take its step without being given something."""
+    parameters = inspect.signature(thing.step).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if any(of.kind in named and of.default is of.empty for of in parameters):
+        raise TypeError(
+            f"{name} must take its steps without arguments, which {type(thing).__name__} does not "
+            f"({why})"
+        )
 
 
 def _one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -452,7 +468,7 @@ class _Run:
         if is_whole and self.augment:  # with the random numbers of a single process
             images = self.augment(images)
         images = images[own] if is_whole and not is_alone else images
-        with nullcontext() if is_alone else _own_randomness(images.device):
+        with nullcontext() if is_alone else own_randomness(images.device):
             if not is_alone:
                 _seed_all(*self.processes.apart(self.seed, len(self.history)))
             if self.augment and not is_whole:
@@ -499,7 +515,8 @@ class _Run:
         """Measure the network after an epoch, and keep its weights if they are the best so far."""
         with _evaluating(self.network), torch.no_grad():
             value = self.processes.agree(measure(self.network))
-        value = value.item() if isinstance(value, (Tensor, np.generic)) else value
+        if isinstance(value, (Tensor, np.generic, np.ndarray)) and len(value.reshape(-1)) == 1:
+            value = value.item()
         check_number(value, "what validate returns", low=-math.inf)
         self.history.rows[-1]["validation"] = float(value)
         if self.best is None or value > self.best["value"]:
@@ -627,7 +644,16 @@ def _says_stop(answer: object) -> bool:
 
 def _plain(row: dict[str, object]) -> dict[str, object]:
     """Make NumPy's numbers, which a callback may have added, Python's, which a file can keep."""
-    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+    plain = {
+        k: v.tolist() if isinstance(v, (np.generic, np.ndarray)) else v for k, v in row.items()
+    }
+    for name, value in plain.items():
+        if not isinstance(value, (int, float, complex, str, type(None), list, tuple, dict, Tensor)):
+            raise TypeError(
+                f"history must hold numbers, words or tensors to be kept in a checkpoint, got "
+                f"{type(value).__name__} for {name!r}"
+            )
+    return plain
 
 
 def embed(
@@ -654,9 +680,9 @@ def embed(
     workers : int, optional
         Processes that read a data set, as in `fit`.
     out : path, optional
-        Write the embeddings to this file, in NumPy's ``.npy`` format and whole or not at all, batch
-        by batch, so that memory does not grow with their number. Several processes must all see the
-        file, and make the same call.
+        Write the embeddings to this file, in NumPy's ``.npy`` format (bfloat16, which that has not,
+        as float32) and whole or not at all, batch by batch, so that memory does not grow with their
+        number. Several processes must all see the file, and make the same call.
 
     Returns
     -------
@@ -694,9 +720,10 @@ def embed(
             read = (images[batch.start : batch.stop] for batch in batches)
         else:
             read = reader.read(batches, [0])
-        parts = (_rows(network(part.to(device))) for part in read)
+        parts = (_rows(network(part.to(device)), len(part)) for part in read)
         if out is None:
             return torch.cat([*parts])
+        parts = (part.float() if part.dtype == torch.bfloat16 else part for part in parts)
         return write_rows(user_path(out), parts, len(images), processes)
 
 
@@ -713,9 +740,13 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _rows(output: object) -> Tensor:
+def _rows(output: object, count: int) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"network must give a tensor, got {type(output).__name__}")
+    if output.dim() == 0 or len(output) != count:
+        raise ValueError(
+            f"network must give one row an image, got shape {tuple(output.shape)} of {count}"
+        )
     return output.cpu()
 
 
@@ -809,7 +840,7 @@ def _places(batch: Sequence[int], images: int) -> Tensor:
 
 
 @contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
+def own_randomness(device: torch.device) -> Iterator[None]:
     """Leave the global random states of torch, NumPy and Python as they were."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

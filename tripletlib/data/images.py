@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageStat
+from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -75,7 +75,7 @@ def load_image(path: str | os.PathLike, size: int = 28) -> Tensor:
     >>> _ = Path("cut.png").write_bytes(Path("boot.png").read_bytes()[:200])
     >>> load_image("cut.png")
     Traceback (most recent call last):
-    ValueError: cut.png is not an image, or it is damaged
+    ValueError: cut.png is not an image, or it is damaged (image file is truncated)
     """
     check_count(size, "size")
     grey = _read(path, _grey)
@@ -233,14 +233,17 @@ class ImageFolderDataset(Dataset):
         if isinstance(image, Image.Image):
             upright = _coloured(ImageOps.exif_transpose(image), self.mode)
         else:
-            least = 2 * self.size if self.transform is None else None
-            upright = _read(image, lambda file: _coloured(file, self.mode), least)
+            upright = self._read_upright(image)
         return _square(upright, self.size) if self.transform is None else self.transform(upright)
+
+    def _read_upright(self, path: str | os.PathLike) -> Image.Image:
+        least = 2 * self.size if self.transform is None else None
+        return _read(path, lambda file: _coloured(file, self.mode), least)
 
     def _leave_out_damaged(self, *, progress: bool) -> None:
         def wrong_with(name: str) -> str | None:
             try:
-                _read(self.folder / name, Image.Image.load, 2 * self.size)
+                self._read_upright(self.folder / name)
             except (OSError, ValueError) as error:
                 return str(error)
             return None
@@ -317,7 +320,9 @@ def _read(
     except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise  # it is not the file's content
-        raise ValueError(f"{path} is not an image, or it is damaged") from error
+        says_more = not isinstance(error, UnidentifiedImageError)
+        reason = f" ({str(error) or type(error).__name__})" if says_more else ""
+        raise ValueError(f"{path} is not an image, or it is damaged{reason}") from error
 
 
 def _coloured(image: Image.Image, mode: str) -> Image.Image:
