@@ -131,7 +131,7 @@ def test_the_loss_is_drawn_from_zero_unless_it_goes_below():
     assert below[0] < -1.0
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:.*deprecated")  # by matplotlib itself
 @pytest.mark.parametrize(
     ("active", "scale"),
     [([0.0, 0.0, 0.0], "linear"), ([0.5, 0.1, 0.0], "log"), ([0.5, 0.2, 0.1], "log")],
@@ -142,7 +142,7 @@ def test_where_no_triplet_is_active_there_is_no_log_scale_and_no_warning(active,
     assert figure.axes[1].get_yscale() == scale
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:.*deprecated")  # by matplotlib itself
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize(
     ("points", "labels", "names"),
