@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -124,6 +125,12 @@ def clone(tmp_path_factory):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    for notebook in (folder / "notebooks").glob("*.ipynb"):
+        # Of another Python, JupyterLab would note the version, and a page be unsaved when opened.
+        book = notebook.read_text(encoding="utf-8")
+        of_page = nbformat.reads(book, as_version=4).metadata.language_info.version
+        book = book.replace(f'"version": "{of_page}"', f'"version": "{platform.python_version()}"')
+        notebook.write_text(book, encoding="utf-8", newline="\n")
     git(folder, "init", "-q")
     git(folder, "add", "-A")
     me = ("-c", "user.name=reader", "-c", "user.email=reader@localhost")
