@@ -245,7 +245,7 @@ assert abs(again - scores["PCA"]["MAP@R"].mean()) < 1e-4
 
 # %% [markdown]
 # Of 2 449 others some six are right, so that chance would hit once in four hundred. Pixels find a counterpart first in more than a third of the cases, because the same thing is often drawn in the
-# same place. (26 pairs are even the same to the last pixel: the letters A to Z of "noto" and "noto-v1".) PCA and the untrained network do little better; which places the untrained network takes, another seed of its random weights decides.
+# same place. (26 pairs are even the same to the last pixel: the letters A to Z of "noto" and "noto-v1".) PCA and the untrained network do little better; whether the untrained one comes before or after PCA and pixels, another seed of its weights decides.
 # The ones to beat are whitened PCA among what needs no training, and LDA, a matrix fitted to the training classes.
 #
 # ## Which differences do not matter?

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -13,7 +11,7 @@ from torch.utils.data import Dataset
 from tripletlib._cache import cache_folder
 from tripletlib._validation import check_count, warn
 from tripletlib.checkpoints import CANNOT_KEEP, CachedRun
-from tripletlib.training import History, fit, materialise, own_randomness
+from tripletlib.training import History, fit, materialise, own_randomness, seed_all
 
 
 def load_or_fit(
@@ -81,9 +79,8 @@ def load_or_fit(
         )
     check_count(seed, "seed", low=0)
     with torch.random.fork_rng(), own_randomness(torch.device("cpu")):
+        seed_all(int(seed))  # of NumPy and Python as well
         torch.manual_seed(int(seed) % 2**63)
-        np.random.seed(int(seed) % 2**32)  # noqa: NPY002
-        random.seed(int(seed))
         network = make_network()
         materialise(network, images)
     try:

@@ -304,7 +304,7 @@ def _train(
     with _progress_bar(run, progress and run.processes.rank == 0) as bar:
         while run.epoch < epochs and not run.patience_is_out(patience):
             # A stream of its own for each epoch, so that resuming needs no random state.
-            _seed_all(run.seed, run.epoch)
+            seed_all(run.seed, run.epoch)
             for images, labels in batches(run.epoch):
                 row = run.step(images.to(device), labels.to(device))
                 row |= {"epoch": run.epoch, "seconds": time.perf_counter() - start}
@@ -470,7 +470,7 @@ class _Run:
         images = images[own] if is_whole and not is_alone else images
         with nullcontext() if is_alone else own_randomness(images.device):
             if not is_alone:
-                _seed_all(*self.processes.apart(self.seed, len(self.history)))
+                seed_all(*self.processes.apart(self.seed, len(self.history)))
             if self.augment and not is_whole:
                 images = self.augment(images)
             with _bfloat16(images.device) if self.bf16 else nullcontext():
@@ -851,7 +851,8 @@ def own_randomness(device: torch.device) -> Iterator[None]:
             np.random.set_state(of_numpy)  # noqa: NPY002
 
 
-def _seed_all(*numbers: int) -> None:
+def seed_all(*numbers: int) -> None:
+    """Seed the global generators of torch, NumPy and Python."""
     number = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     torch.manual_seed(number)
     np.random.seed(number)  # noqa: NPY002
